@@ -1,0 +1,42 @@
+# Everything runs in .venv. `make up` sets up and makes the main job; `make test` runs all checks of the code.
+# TORCH_INDEX=<url of a wheel index> takes torch from there, for example PyTorch's CPU index on a machine without a GPU.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+TORCH   = torch>=2.11,<=2.13.0
+
+.PHONY: setup dev up test test-slow lint bench clean
+
+setup: $(VENV)/.installed
+dev: $(VENV)/.dev
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+up: setup
+	$(BIN)/glasklar up
+
+test: dev
+	$(BIN)/python -m pytest
+
+test-slow: dev
+	$(BIN)/python -m pytest -m slow
+
+lint: dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: dev
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python bench/training.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,74 @@
+"""What the engine is asked and what it answers. Token ids only: text belongs to `data`, HTTP to `serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from glasklar.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen.
+
+    max_tokens    most tokens to make, the stopping one included
+    temperature   0 = the most probable token
+    top_k         0 = all; top_p, min_p as usual (nucleus; share of the best token's probability)
+    seed          randomness depends on (seed, position) alone, never on what else runs
+    stop_ids      tokens that end the answer; the one that did is part of the ids
+    logprobs      number of alternatives to report beside the chosen token's own log-probability
+    logit_bias    token id -> added to its logit
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int = 0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max_tokens": (1, 1 << 24), "temperature": (0.0, 100.0), "top_k": (0, 1 << 24), "top_p": (0.0, 1.0),
+            "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
+            "repetition_penalty": (0.01, 100.0), "logprobs": (0, 20), "seed": (-(1 << 63), (1 << 64) - 1),
+        }  # fmt: skip
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise RequestError(f"{name} = {value}: must lie between {low} and {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """One new token of a request.
+
+    logprob        of the token under the model's own distribution (temperature 1, before any truncation)
+    alternatives   (id, logprob) of the most probable tokens, best first
+    finish         set with the last token
+    """
+
+    request: int
+    token: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A finished answer: ids with the stopping token, if one ended it; log-probabilities, one an id."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: FinishReason
+    alternatives: list[tuple[tuple[int, float], ...]] = field(default_factory=list)

@@ -1,0 +1,36 @@
+"""The errors a caller may meet.
+
+    GlasklarError
+    ├── RecipeError        a recipe or another configuration is wrong
+    ├── DataError          a source cannot be read or holds nothing usable
+    ├── CheckpointError    weights or a run folder are damaged, incomplete or of another recipe
+    ├── CapacityError      the machine or a limit does not allow it: memory, disk, cache, context
+    └── RequestError       what was asked of a model makes no sense: ids, sampling settings, messages
+
+Every message names the offending value and the remedy. The command line turns them into exit code 2, the server
+into HTTP 4xx (`CapacityError`: 503), once, at the edge.
+"""
+
+
+class GlasklarError(Exception):
+    """Base of all errors that are the caller's to mend."""
+
+
+class RecipeError(GlasklarError):
+    pass
+
+
+class DataError(GlasklarError):
+    pass
+
+
+class CheckpointError(GlasklarError):
+    pass
+
+
+class CapacityError(GlasklarError):
+    pass
+
+
+class RequestError(GlasklarError):
+    pass

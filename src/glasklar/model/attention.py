@@ -1,0 +1,197 @@
+"""Attention: multi-head latent attention in both faces, and grouped-query attention as the dense baseline.
+
+MLA (DeepSeek-V2/V3 eq. 1-11) keeps for each token one latent c (C values) and one rotary key (R values) shared by all
+heads. *Expanded*: keys and values of all heads are computed from the latents; best when many queries meet many keys
+(training, prefill). *Absorbed*: the up-projections are moved to the query and the output, and attention runs over the
+latents as they lie in the cache; best when few queries meet many keys (decoding). Both give the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from glasklar.model.config import ModelConfig, yarn_mscale
+from glasklar.ops.select import Ops
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What attention needs to know of where tokens stand; made once for a forward pass, shared by all layers.
+
+    cos_BTR, sin_BTR   [B, T, R/2] fp32
+    mask_BTS           [B, T, S] added to the scores, in the compute type
+    """
+
+    cos_BTR: Tensor
+    sin_BTR: Tensor
+    mask_BTS: Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's cache during a pass: `rows` [B, S, width] is written at `slots` [B, T] and then attended to."""
+
+    rows_BSX: Tensor
+    slots_BT: Tensor
+
+    def write(self, new_BTX: Tensor) -> Tensor:
+        index = self.slots_BT[..., None].expand(-1, -1, new_BTX.shape[-1])
+        return self.rows_BSX.scatter_(1, index, new_BTX.to(self.rows_BSX.dtype))
+
+
+def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Rotary frequencies [R/2] in fp32 and the factor on cos and sin (YaRN, arXiv 2309.00071 eq. 17-22)."""
+    half = torch.arange(0, config.rope_dim, 2, dtype=torch.int64).float() / config.rope_dim
+    plain = 1.0 / (config.rope_theta**half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain, 1.0
+
+    def turns_at(rotations: float) -> float:
+        length = scaling.original_max_position_embeddings
+        base = torch.tensor(config.rope_theta, dtype=torch.float64).log().item()
+        return config.rope_dim * torch.tensor(length / (rotations * 2 * torch.pi)).log().item() / (2 * base)
+
+    low = max(int(turns_at(scaling.beta_fast) // 1), 0)
+    high = min(int(-(-turns_at(scaling.beta_slow) // 1)), config.rope_dim - 1)
+    ramp = ((torch.arange(len(plain)).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    inverse = plain / scaling.factor * ramp + plain * (1 - ramp)
+    factor = yarn_mscale(scaling.factor, scaling.mscale)
+    if scaling.mscale_all_dim:
+        factor /= yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return inverse, factor
+
+
+def positions(
+    position_BT: Tensor, mask_BTS: Tensor, frequencies: tuple[Tensor, float]
+) -> Positions:
+    """Angles and mask of a pass; `frequencies` come from `inverse_frequencies`."""
+    inverse, factor = frequencies
+    angles = position_BT[..., None].float() * inverse.to(position_BT.device)
+    return Positions(angles.cos() * factor, angles.sin() * factor, mask_BTS)
+
+
+def document_mask(segments_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, T]: a token sees itself and earlier tokens of its own document (`segments` number them), nothing else."""
+    T = segments_BT.shape[1]
+    earlier = torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril()
+    allowed = (segments_BT[:, :, None] == segments_BT[:, None, :]) & earlier
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+
+
+def cache_mask(position_BT: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[B, T, S]: a query at position p sees the cache slots 0..p."""
+    allowed = torch.arange(length, device=position_BT.device) <= position_BT[..., None]
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+
+
+class LatentAttention(nn.Module):
+    """MLA. Weight names are those of the checkpoints."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        assert config.kv_lora_rank is not None and config.qk_nope_head_dim is not None
+        self.C, self.N, self.R, self.V = (
+            config.kv_lora_rank, config.qk_nope_head_dim, config.rope_dim, config.value_head_dim,
+        )  # fmt: skip
+        D, H = config.hidden_size, config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(D, H * (self.N + self.R), bias=False)
+        else:
+            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, H * (self.N + self.R), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(D, self.C + self.R, bias=config.attention_bias)
+        self.kv_a_layernorm = nn.RMSNorm(self.C)
+        self.kv_b_proj = nn.Linear(self.C, H * (self.N + self.V), bias=False)
+        self.o_proj = nn.Linear(H * self.V, D, bias=config.attention_bias)
+
+    def forward(self, x_BTD: Tensor, at: Positions, cache: LayerCache | None, absorbed: bool) -> Tensor:
+        """[B, T, D] -> [B, T, D]. With a cache the latents are written to it; `absorbed` attends over the cache,
+        otherwise over the tokens of this pass alone."""
+        q_BTHK = self._queries(x_BTD, at)
+        latent_BTC, key_BTR = self._latents(x_BTD, at)
+        if cache is not None:
+            rows_BSX = cache.write(torch.cat((latent_BTC, key_BTR), dim=-1))
+        if not absorbed:
+            out_BHTV = self._expanded(q_BTHK, latent_BTC, key_BTR, at.mask_BTS)
+        else:
+            assert cache is not None, "absorbed attention runs over a cache"
+            out_BHTV = self._absorbed(q_BTHK, rows_BSX.to(x_BTD.dtype), at.mask_BTS)
+        return self.o_proj(out_BHTV.transpose(1, 2).flatten(-2))
+
+    def _queries(self, x_BTD: Tensor, at: Positions) -> Tensor:
+        """Queries [B, T, H, N+R], rotary part turned (eq. 6-9)."""
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x_BTD)
+        else:
+            q = self.q_b_proj(self._norm(self.q_a_proj(x_BTD), self.q_a_layernorm))
+        q_BTHK = q.unflatten(-1, (-1, self.N + self.R))
+        nope, rope = q_BTHK.split((self.N, self.R), dim=-1)
+        rope = self.ops.rotate(rope, at.cos_BTR[:, :, None], at.sin_BTR[:, :, None], self.config.rope_interleave)
+        return torch.cat((nope, rope), dim=-1)
+
+    def _latents(self, x_BTD: Tensor, at: Positions) -> tuple[Tensor, Tensor]:
+        """Normalised latent [B, T, C] and turned shared key [B, T, R] (eq. 1, 3)."""
+        latent, key = self.kv_a_proj_with_mqa(x_BTD).split((self.C, self.R), dim=-1)
+        key = self.ops.rotate(key, at.cos_BTR, at.sin_BTR, self.config.rope_interleave)
+        return self._norm(latent, self.kv_a_layernorm), key
+
+    def _expanded(self, q_BTHK: Tensor, latent_BTC: Tensor, key_BTR: Tensor, mask_BTS: Tensor) -> Tensor:
+        kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (-1, self.N + self.V))
+        nope, v_BTHV = kv_BTHX.split((self.N, self.V), dim=-1)
+        k_BTHK = torch.cat((nope, key_BTR[:, :, None].expand(-1, -1, nope.shape[2], -1)), dim=-1)
+        scale = self.config.softmax_scale
+        return self.ops.attention(
+            q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2), mask_BTS, scale
+        )
+
+    def _absorbed(self, q_BTHK: Tensor, rows_BSX: Tensor, mask_BTS: Tensor) -> Tensor:
+        up_HXC = self.kv_b_proj.weight.view(-1, self.N + self.V, self.C)
+        up_k_HNC, up_v_HVC = up_HXC.split((self.N, self.V), dim=1)
+        nope, rope = q_BTHK.split((self.N, self.R), dim=-1)
+        q_BHTC = torch.einsum("bthn,hnc->bhtc", nope, up_k_HNC)
+        q_BHTX = torch.cat((q_BHTC, rope.transpose(1, 2)), dim=-1)
+        keys_B1SX = rows_BSX[:, None]
+        mixed_BHTC = self.ops.attention(q_BHTX, keys_B1SX, keys_B1SX[..., : self.C], mask_BTS, self.config.softmax_scale)
+        return torch.einsum("bhtc,hvc->bhtv", mixed_BHTC, up_v_HVC)
+
+    def _norm(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
+        return self.ops.rms_norm(x, norm.weight, 1e-6)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) as in Llama: the dense baseline beside MLA."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        D, H, G, K = config.hidden_size, config.num_attention_heads, config.kv_heads, config.qk_head_dim
+        self.q_proj = nn.Linear(D, H * K, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, G * K, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, G * K, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * K, D, bias=False)
+
+    def forward(self, x_BTD: Tensor, at: Positions, cache: LayerCache | None, absorbed: bool) -> Tensor:
+        """As `LatentAttention.forward`; here `absorbed` only means "over the cache"."""
+        K = self.config.qk_head_dim
+        q_BTHK = self._turn(self.q_proj(x_BTD).unflatten(-1, (-1, K)), at)
+        k_BTGK = self._turn(self.k_proj(x_BTD).unflatten(-1, (-1, K)), at)
+        v_BTGK = self.v_proj(x_BTD).unflatten(-1, (-1, K))
+        if cache is not None:
+            rows_BSX = cache.write(torch.cat((k_BTGK, v_BTGK), dim=-1).flatten(-2))
+        if absorbed:
+            assert cache is not None
+            k_BTGK, v_BTGK = rows_BSX.to(x_BTD.dtype).unflatten(-1, (-1, 2 * K)).split((K, K), dim=-1)
+        out_BHTV = self.ops.attention(
+            q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2),
+            at.mask_BTS, self.config.softmax_scale,
+        )  # fmt: skip
+        return self.o_proj(out_BHTV.transpose(1, 2).flatten(-2))
+
+    def _turn(self, x_BTHK: Tensor, at: Positions) -> Tensor:
+        return self.ops.rotate(x_BTHK, at.cos_BTR[:, :, None], at.sin_BTR[:, :, None], self.config.rope_interleave)

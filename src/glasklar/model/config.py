@@ -1,0 +1,165 @@
+"""The shape of a network. One set of fields for MLA with experts (DeepSeek) and for dense grouped-query models.
+
+Shape suffixes used throughout the project:
+
+    B sequences   T tokens of a sequence (queries)   S cached tokens (keys)   D model width   H heads   G key/value heads
+    Q query latent   C key/value latent   N no-position part of a head   R rotary part of a head   K = N + R   V value head
+    E experts   A active (chosen) experts of a token   F hidden width of a feed-forward   W vocabulary   L layers
+
+Field names are those of the Hugging Face configurations of the families.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from glasklar.config import Section
+
+# Refused before anything is allocated: a hostile or mistyped configuration must not ask for the whole memory.
+Dim = Annotated[int, Field(ge=1, le=1 << 20)]
+Count = Annotated[int, Field(ge=1, le=1 << 16)]
+
+
+class RopeScaling(Section):
+    """YaRN (arXiv 2309.00071) as DeepSeek-V2/V3 use it: blended frequencies and a temperature on the softmax."""
+
+    type: Literal["yarn"] = "yarn"
+    factor: float = Field(gt=0)
+    original_max_position_embeddings: Dim
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+class ModelConfig(Section):
+    """Shape of a decoder. `kv_lora_rank` set: multi-head latent attention; absent: grouped-query attention.
+
+    `n_routed_experts` set: mixture of experts in every layer from `first_k_dense_replace` on; absent: dense.
+    """
+
+    vocab_size: Dim
+    hidden_size: Dim
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    max_position_embeddings: Dim = 4096
+    # Multi-head latent attention (DeepSeek-V3 eq. 1-11)
+    q_lora_rank: Dim | None = None
+    kv_lora_rank: Dim | None = None
+    qk_nope_head_dim: Dim | None = None
+    qk_rope_head_dim: Dim | None = None
+    v_head_dim: Dim | None = None
+    # Grouped-query attention
+    num_key_value_heads: Count | None = None
+    head_dim: Dim | None = None
+    attention_bias: bool = False
+    # Feed-forward (eq. 12-16)
+    intermediate_size: Dim
+    n_routed_experts: Count | None = None
+    n_shared_experts: Annotated[int, Field(ge=0, le=64)] = 0
+    num_experts_per_tok: Count | None = None
+    moe_intermediate_size: Dim | None = None
+    first_k_dense_replace: Annotated[int, Field(ge=0)] = 0
+    n_group: Count = 1
+    topk_group: Count = 1
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    # Multi-token prediction (eq. 21-25)
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=8)] = 0
+    # Rotary positions, norms, head
+    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    rope_interleave: bool = True
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(default=0.006, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        mla = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        gqa = ("num_key_value_heads", "head_dim")
+        wanted, foreign = (mla, gqa) if self.is_mla else (gqa, (*mla, "q_lora_rank"))
+        kind = "latent (kv_lora_rank is set)" if self.is_mla else "grouped-query (kv_lora_rank is absent)"
+        for name in wanted:
+            if getattr(self, name) is None:
+                raise ValueError(f"attention is {kind} and needs {name}")
+        for name in foreign:
+            if getattr(self, name) is not None:
+                raise ValueError(f"attention is {kind}; {name} has no meaning there, remove it")
+        if self.rope_dim % 2:
+            raise ValueError(f"the rotary part of a head has {self.rope_dim} values; it must be even")
+        if not self.is_mla and self.num_attention_heads % self.kv_heads:
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.kv_heads} key/value heads evenly")
+        self._check_experts()
+        return self
+
+    def _check_experts(self) -> None:
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        if experts is None:
+            if chosen is not None or self.moe_intermediate_size is not None or self.n_shared_experts:
+                raise ValueError("the model is dense (n_routed_experts is absent); remove the other expert fields")
+            return
+        if chosen is None or self.moe_intermediate_size is None:
+            raise ValueError("a mixture of experts needs num_experts_per_tok and moe_intermediate_size")
+        if chosen > experts:
+            raise ValueError(f"num_experts_per_tok = {chosen} exceeds n_routed_experts = {experts}")
+        if experts % self.n_group or self.topk_group > self.n_group:
+            raise ValueError(f"{experts} experts, n_group = {self.n_group}, topk_group = {self.topk_group} do not fit")
+        if chosen > experts // self.n_group * self.topk_group:
+            raise ValueError(f"{self.topk_group} groups of {experts // self.n_group} hold fewer than {chosen} experts")
+        if self.scoring_func == "sigmoid" and self.n_group > 1 and experts // self.n_group < 2:
+            raise ValueError("a group needs at least two experts: its score is the sum of its best two")
+
+    @property
+    def is_mla(self) -> bool:
+        return self.kv_lora_rank is not None
+
+    @property
+    def is_moe(self) -> bool:
+        return self.n_routed_experts is not None
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.is_moe and layer >= self.first_k_dense_replace
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """R: values of a head that are rotated."""
+        return self.qk_rope_head_dim or self.head_dim or 0
+
+    @property
+    def qk_head_dim(self) -> int:
+        """K: values of a head in the product of queries and keys."""
+        return (self.qk_nope_head_dim or 0) + self.rope_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """V."""
+        return self.v_head_dim or self.head_dim or 0
+
+    @property
+    def cache_width(self) -> int:
+        """Values that one layer keeps for one token: the latent and the shared rotary key, or keys and values."""
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank + self.rope_dim
+        return self.kv_heads * (self.qk_head_dim + self.value_head_dim)
+
+    @property
+    def softmax_scale(self) -> float:
+        """1/sqrt(K), times YaRN's squared temperature where `mscale_all_dim` is set."""
+        scale = self.qk_head_dim**-0.5
+        if self.rope_scaling is not None and self.rope_scaling.mscale_all_dim:
+            scale *= yarn_mscale(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
+        return scale
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's temperature 0.1 m ln(s) + 1."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

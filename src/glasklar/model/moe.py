@@ -1,0 +1,113 @@
+"""Feed-forward layers: dense SwiGLU and DeepSeekMoE with auxiliary-loss-free balancing (arXiv 2401.06066, 2408.15664)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glasklar.model.config import ModelConfig
+from glasklar.ops.select import Ops
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one MoE layer did with the tokens of a pass.
+
+    ids_TA      chosen experts
+    scores_TE   gate scores, fp32, differentiable (for the balance loss)
+    """
+
+    ids_TA: Tensor
+    scores_TE: Tensor
+
+    def load(self, weight_T: Tensor | None = None) -> Tensor:
+        """Tokens that each expert saw [E]; `weight_T` (0/1) leaves padding out."""
+        E = self.scores_TE.shape[-1]
+        weights = None if weight_T is None else weight_T.float().repeat_interleave(self.ids_TA.shape[-1])
+        return torch.bincount(self.ids_TA.flatten(), weights=weights, minlength=E).float()
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate x) * up x); gate and up lie in one matrix [2F, D]."""
+
+    def __init__(self, width: int, hidden: int, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.gate_up_proj = nn.Linear(width, 2 * hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x))), None
+
+
+class Gate(nn.Module):
+    """Router weights (kept in fp32) and the bias that balances the experts' load without a loss."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.n_routed_experts is not None
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        # Part of the model (it decides who answers), yet moved by a rule and not by a gradient.
+        bias = torch.zeros(config.n_routed_experts) if config.scoring_func == "sigmoid" else None
+        self.register_buffer("e_score_correction_bias", bias)
+        self.e_score_correction_bias: Tensor | None
+
+    @torch.no_grad()
+    def balance(self, load_E: Tensor, speed: float) -> None:
+        """One step of the bias update: overloaded experts down, underloaded up by `speed` (V3 section 2.1.2).
+
+        The update is centred, so that the bias as a whole does not drift (only differences matter).
+        """
+        if self.e_score_correction_bias is None:
+            return
+        step = torch.sign(load_E.mean() - load_E)
+        self.e_score_correction_bias += speed * (step - step.mean())
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts chosen by the gate, plus shared experts that see every token (eq. 12)."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        assert config.n_routed_experts is not None and config.moe_intermediate_size is not None
+        E, D, F_ = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate = Gate(config)
+        self.gate_up_EFD = nn.Parameter(torch.empty(E, 2 * F_, D))
+        self.down_EDF = nn.Parameter(torch.empty(E, D, F_))
+        self.shared_experts = FeedForward(D, F_ * config.n_shared_experts, ops) if config.n_shared_experts else None
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        c = self.config
+        x_TD = x_BTD.flatten(0, -2)
+        ids_TA, weights_TA, scores_TE = self.ops.route(
+            F.linear(x_TD.float(), self.gate.weight.float()),
+            self.gate.e_score_correction_bias,
+            active=c.num_experts_per_tok,
+            groups=c.n_group,
+            groups_kept=c.topk_group,
+            scoring=c.scoring_func,
+            normalise=c.norm_topk_prob,
+            scaling=c.routed_scaling_factor,
+        )
+        y_TD = self.ops.experts(x_TD, ids_TA, weights_TA, self.gate_up_EFD, self.down_EDF)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)[0]
+        return y_TD.view_as(x_BTD), Routing(ids_TA, scores_TE)
+
+
+def balance_loss(routing: Routing, segments_BT: Tensor, active: int) -> Tensor:
+    """Sequence-wise balance loss without its factor: sum_i f_i P_i per sequence, averaged (eq. 17-20).
+
+    `segments_BT` gives the shape of the batch; a row of packed documents counts as one sequence.
+    """
+    B, T = segments_BT.shape
+    E = routing.scores_TE.shape[-1]
+    chosen = F.one_hot(routing.ids_TA, E).sum(1).view(B, T, E).float()
+    f_BE = chosen.mean(1) * (E / active)
+    scores = routing.scores_TE.view(B, T, E)
+    p_BE = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    return (f_BE * p_BE).sum(-1).mean()

@@ -1,0 +1,91 @@
+"""The machine: device, precision, threads. Decided once at start, passed down; nobody below asks the environment again."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import Literal
+
+from glasklar.errors import RecipeError
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where and how numbers are computed.
+
+    device     "cpu" or "cuda"
+    compute    precision of weights and activations in the forward and backward pass; masters are always fp32
+    threads    CPU threads of one operation; part of a run's identity, since it changes the bits of bf16 sums
+    """
+
+    device: Device = "cpu"
+    compute: Precision = "bf16"
+    threads: int = 2
+
+    @property
+    def dtype(self):  # -> torch.dtype; torch is imported late so that `prepare` can come first
+        import torch
+
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.compute]
+
+    def describe(self) -> dict[str, object]:
+        """What a stranger needs to know of the machine to repeat a run."""
+        import torch
+
+        return {
+            "device": self.device,
+            "compute": self.compute,
+            "threads": self.threads,
+            "cpu": _cpu_name(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if self.device == "cuda" else None,
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+
+
+def prepare(threads: int | None = None, environ: dict[str, str] | None = None) -> int:
+    """Sets what libraries read when they are loaded; call it before torch is imported. Returns the thread count.
+
+    oneDNN compiles one primitive for every new shape of a bf16 product and forgets them beyond 1024; transparent huge
+    pages halve the cost of first touches in virtual machines.
+    """
+    environ = os.environ if environ is None else environ  # type: ignore[assignment]
+    assert environ is not None
+    count = threads or int(environ.get("GLASKLAR_THREADS", 0)) or _cores()
+    if count < 1:
+        raise RecipeError(f"threads = {count}: at least one is needed")
+    environ["OMP_NUM_THREADS"] = environ["MKL_NUM_THREADS"] = str(count)
+    environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return count
+
+
+def start(threads: int, device: Device | None = None, compute: Precision = "bf16") -> Runtime:
+    """Sets up torch and returns the runtime. `device=None` takes the GPU where there is one."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device = 'cuda': this torch sees no GPU; use device = 'cpu' or install a CUDA build of torch")
+    return Runtime(device=device, compute=compute, threads=threads)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
+    except OSError:
+        return platform.processor() or "unknown"
