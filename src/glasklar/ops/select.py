@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glasklar.errors import RecipeError
-from glasklar.ops import reference
+from glasklar.ops import reference, torch_cpu
 from glasklar.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -29,13 +29,22 @@ class Ops:
 
 
 REFERENCE = Ops(name="reference")
+TORCH_CPU = Ops(
+    name="torch_cpu",
+    rms_norm=torch_cpu.rms_norm,
+    rotate=torch_cpu.rotate,
+    attention=torch_cpu.attention,
+    swiglu=torch_cpu.swiglu,
+    experts=torch_cpu.experts,
+    token_logprobs=torch_cpu.token_logprobs,
+)
+TABLES = {table.name: table for table in (REFERENCE, TORCH_CPU)}
 
 
 def select(runtime: Runtime, wanted: str | None = None) -> Ops:
     """Ops for this runtime; `wanted` forces one table by name. Raises RecipeError for an unknown name."""
-    tables = {"reference": REFERENCE}
-    name = wanted or "reference"
-    if name not in tables:
-        raise RecipeError(f"ops = {name!r}: known tables are {', '.join(tables)}")
+    name = wanted or ("torch_cpu" if runtime.device == "cpu" else "reference")
+    if name not in TABLES:
+        raise RecipeError(f"ops = {name!r}: known tables are {', '.join(TABLES)}")
     log.info("ops: %s on %s", name, runtime.device)
-    return tables[name]
+    return TABLES[name]
