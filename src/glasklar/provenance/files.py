@@ -1,0 +1,83 @@
+"""Writing to disk so that a kill, a crash or a full disk leaves either the old content or the new, never half of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from glasklar.errors import CapacityError, CheckpointError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+TEMPORARY = ".tmp-"  # first letters of every name that may be left behind by a kill; `sweep` removes them
+
+
+def disk_error(number: int | None, path: Path) -> CapacityError | CheckpointError:
+    """The error a caller can act on for an errno met while writing `path`."""
+    reason = os.strerror(number) if number else "unknown error"
+    if number in _FULL:
+        return CapacityError(
+            f"{path}: no room to write ({reason}); free some space and repeat the command: nothing was overwritten"
+        )
+    if number in _FORBIDDEN:
+        return CheckpointError(
+            f"{path}: cannot be written ({reason}); make the folder writable or choose another --run"
+        )
+    return CheckpointError(f"{path}: cannot be written ({reason}); mend the disk or choose another --run")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns OSError met inside into CapacityError (disk full) or CheckpointError (read-only, broken) about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error.errno, path) from error
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """`os.write` until everything is written; a full disk may take only a part at a time. Raises OSError."""
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replaces the content of `path`: temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Raises CapacityError where the disk is full, CheckpointError where the folder cannot be written.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    with writing(path):
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                write_all(descriptor, content)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or folder that is already written. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed process left behind half-written in `folder`. Only the owner of the folder may call it."""
+    with writing(folder):
+        for leftover in sorted(folder.glob(f"{TEMPORARY}*")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
