@@ -1,0 +1,1 @@
+"""Families of verifiable tasks: one file a family; `catalogue` knows them by name."""
