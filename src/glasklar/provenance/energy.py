@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 # A server core under load with its share of memory, fans and power supply: 10 W (a 64-core machine draws 500 to 700 W
 # at the plug; laptop cores take 3 to 6 W).
@@ -39,6 +39,7 @@ class Energy:
 class Counter(Protocol):
     """`read` gives the joules since some moment in the past; only differences mean something."""
 
+    device: str
     source: str
     boundary: str
 
@@ -48,7 +49,7 @@ class Counter(Protocol):
 class Rapl:
     """Sum of the package and DRAM domains. Counters wrap after minutes to hours; `read` at least once in a while."""
 
-    source = "rapl"
+    device, source = "CPU", "rapl"
     boundary = "CPU packages and DRAM"
 
     def __init__(self, domains: list[Path]) -> None:
@@ -77,7 +78,7 @@ class Rapl:
 class Nvml:
     """Sum over the GPUs that NVML shows."""
 
-    source = "nvml"
+    device, source = "GPU", "nvml"
     boundary = "GPU boards"
 
     def __init__(self, library: Any) -> None:
@@ -105,7 +106,7 @@ class Nvml:
 class Estimate:
     """CPU seconds of this process and its children times a documented power. Knows nothing of GPUs."""
 
-    source = "estimate"
+    device, source = "CPU", "estimate"
     boundary = f"CPU seconds of this process x {WATTS_PER_CORE:g} W"
 
     def __init__(self, cpu_seconds: Callable[[], float] = lambda: sum(os.times()[:4])) -> None:
@@ -116,29 +117,26 @@ class Estimate:
 
 
 class EnergyMeter:
-    """Counts from `start` to `stop`; may be started again. `find(device)` takes what this machine offers.
+    """Counts from `start` to `stop`; may be started again.
 
-    uncounted    devices at work that nothing here counts, not even an estimate; named in the boundary
+    device      "cpu" or "cuda", as in `Runtime`: what is at work
+    counters    what to count with; by default what this machine offers
+
+    A GPU at work that nothing counts halves the coverage and is named in the boundary.
     """
 
-    def __init__(self, counters: list[Counter], uncounted: tuple[str, ...] = ()) -> None:
-        self._counters = counters
-        counted = sum(counter.source != "estimate" for counter in counters)
-        self._coverage = counted / (len(counters) + len(uncounted))
-        self._boundary = ", ".join([c.boundary for c in counters] + [f"without the {name}" for name in uncounted])
+    def __init__(self, device: str = "cpu", *, counters: Sequence[Counter] | None = None) -> None:
+        self._counters = find_counters(device) if counters is None else list(counters)
+        devices = {"CPU", "GPU"} if device == "cuda" else {"CPU"}
+        missing = devices - {counter.device for counter in self._counters}
+        counted = {counter.device for counter in self._counters if counter.source != "estimate"}
+        self._coverage = len(counted) / len(devices)
+        self._boundary = ", ".join([c.boundary for c in self._counters] + [f"without the {name}" for name in missing])
         self._begin: list[float] | None = None
 
-    @classmethod
-    def find(cls, device: str) -> EnergyMeter:
-        """device: "cpu" or "cuda", as in `Runtime`."""
-        counters: list[Counter] = [Rapl.find() or Estimate()]
-        if device != "cuda":
-            return cls(counters)
-        gpu = Nvml.find()
-        return cls([*counters, gpu]) if gpu else cls(counters, uncounted=("GPU",))
-
-    def start(self) -> None:
+    def start(self) -> Self:
         self._begin = [counter.read() for counter in self._counters]
+        return self
 
     def stop(self) -> Energy:
         """Energy since `start`, which has to come first."""
@@ -151,6 +149,14 @@ class EnergyMeter:
             coverage=self._coverage,
             boundary=self._boundary,
         )
+
+
+def find_counters(device: str) -> list[Counter]:
+    """For the CPU its counters or the estimate; for a GPU its counter, where there is one."""
+    counters: list[Counter] = [Rapl.find() or Estimate()]
+    if device == "cuda" and (gpu := Nvml.find()):
+        counters.append(gpu)
+    return counters
 
 
 def _is_counted(domain: Path) -> bool:

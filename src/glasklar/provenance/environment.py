@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glasklar.runtime import Runtime
-
 PACKAGE = "glasklar"
 _ROOT = Path(__file__).resolve().parents[1]
 # Variables that change the bits of a result (docs of PyTorch, oneDNN, MKL and cuBLAS).
@@ -29,12 +27,16 @@ _FLAGS = (
 _GIT_SECONDS = 10
 
 
-def describe_environment(runtime: Runtime, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Data for the ledger's `run` event. `environ`: the process environment, of which only known flags are kept."""
+def describe_environment(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Part of the ledger's `run` event, beside `Runtime.describe()`.
+
+    environ    the process environment by default; only variables that change the bits of a result are kept
+    """
+    environ = os.environ if environ is None else environ
     return {
         "code": code_identity(),
         "packages": installed_versions(),
-        "machine": {**runtime.describe(), **machine()},
+        "hardware": hardware(),
         "flags": {name: environ[name] for name in _FLAGS if name in environ},
     }
 
@@ -42,8 +44,8 @@ def describe_environment(runtime: Runtime, environ: Mapping[str, str]) -> dict[s
 def code_identity(root: Path = _ROOT) -> dict[str, Any]:
     """Which code runs: version, one hash over the package's files and, if it is a git checkout, what git calls it.
 
-    git    commit, tree (of that commit), dirty (tracked or new files of the package differ from it); None where git does
-           not track the package or does not answer
+    git    commit, its tree, dirty (tracked or new files of the package differ from it); None where git does not track
+           the package or does not answer
     """
     return {"version": _version(PACKAGE), "files": files_hash(root), "git": _git_identity(root)}
 
@@ -76,7 +78,7 @@ def installed_versions(package: str = PACKAGE) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def machine() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     """cores: logical ones. memory_bytes: of the machine; None where the system does not say."""
     pages = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else None

@@ -26,6 +26,7 @@ EventName = Literal[
     "run",  # recipe, code, installed versions, machine, threads, flags
     "data",  # roots and counts of the documents
     "tokenizer",
+    "readiness",  # whether reinforcement could begin, and the figures that decided it
     "checkpoint",  # see `checkpoint_data`
     "evaluation",
     "released",
