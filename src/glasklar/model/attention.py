@@ -8,6 +8,7 @@ latents as they lie in the cache; best when few queries meet many keys (decoding
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +53,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
     def turns_at(rotations: float) -> float:
         length = scaling.original_max_position_embeddings
-        base = torch.tensor(config.rope_theta, dtype=torch.float64).log().item()
-        return config.rope_dim * torch.tensor(length / (rotations * 2 * torch.pi)).log().item() / (2 * base)
+        return config.rope_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low = max(int(turns_at(scaling.beta_fast) // 1), 0)
     high = min(int(-(-turns_at(scaling.beta_slow) // 1)), config.rope_dim - 1)
