@@ -13,12 +13,13 @@ from glasklar.tasks.wording import Span, TaskOptions, between, casual, number_in
 WORDINGS: Final[dict[Language, tuple[str, ...]]] = {
     "en": (
         "What is {e}?", "What's {e}?", "Calculate {e}.", "Compute {e}.", "How much is {e}?", "Work out {e}.", "{e}",
-        "{e} = ?", "{e} =", "{e}=?", "{e}?", "Solve {e}.", "Evaluate {e}.", "What does {e} equal?", "What do I get for {e}?",
-        "Find the result of {e}.", "Please calculate {e}.", "Can you calculate {e}?", "Could you work out {e}?",
-        "What is the result of {e}?", "Give me the value of {e}.", "I need the result of {e}.", "Add this up: {e}",
-        "Do the maths: {e}", "What comes out of {e}?", "Tell me what {e} is.", "How much do you get for {e}?",
-        "Please solve: {e}", "The result of {e} is?", "Do you know what {e} is?", "Sum: {e}", "Let's compute {e}.",
-        "Can you do {e}?", "{e}, what is that?", "{e} makes how much?",
+        "{e} = ?", "{e} =", "{e}=?", "{e}?", "Solve {e}.", "Evaluate {e}.", "What does {e} equal?",
+        "What do I get for {e}?", "Find the result of {e}.", "Please calculate {e}.", "Can you calculate {e}?",
+        "Could you work out {e}?", "What is the result of {e}?", "Give me the value of {e}.",
+        "I need the result of {e}.", "Add this up: {e}", "Do the maths: {e}", "What comes out of {e}?",
+        "Tell me what {e} is.", "How much do you get for {e}?", "Please solve: {e}", "The result of {e} is?",
+        "Do you know what {e} is?", "Sum: {e}", "Let's compute {e}.", "Can you do {e}?", "{e}, what is that?",
+        "{e} makes how much?",
     ),
     "de": (
         "Was ist {e}?", "Wie viel ist {e}?", "Berechne {e}.", "Rechne {e} aus.", "Was ergibt {e}?", "Wieviel ist {e}?",
@@ -26,8 +27,9 @@ WORDINGS: Final[dict[Language, tuple[str, ...]]] = {
         "Bitte berechne {e}.", "Kannst du {e} ausrechnen?", "Könntest du {e} berechnen?", "Was macht {e}?",
         "Wie lautet das Ergebnis von {e}?", "Nenne das Ergebnis von {e}.", "Ich brauche das Ergebnis von {e}.",
         "Rechne bitte: {e}", "Rechne: {e}", "Wie viel macht {e}?", "Sag mir, was {e} ist.", "Finde den Wert von {e}.",
-        "Bestimme {e}.", "Das Ergebnis von {e} ist?", "Weißt du, was {e} ist?", "Summe: {e}", "Was bekomme ich für {e}?",
-        "Kannst du {e} rechnen?", "{e}, was ist das?", "{e} macht wie viel?", "Wie groß ist {e}?",
+        "Bestimme {e}.", "Das Ergebnis von {e} ist?", "Weißt du, was {e} ist?", "Summe: {e}",
+        "Was bekomme ich für {e}?", "Kannst du {e} rechnen?", "{e}, was ist das?", "{e} macht wie viel?",
+        "Wie groß ist {e}?",
     ),
 }  # fmt: skip
 

@@ -13,21 +13,23 @@ from glasklar.tasks.wording import TaskOptions, between, casual, number_in, pick
 
 WORDINGS: Final[dict[Language, tuple[str, ...]]] = {
     "en": (
-        "Solve {e}.", "Solve {e} for {v}.", "What is {v} if {e}?", "Find {v}: {e}", "{e}", "{e}, {v} = ?", "{e}. What is {v}?",
-        "Solve for {v}: {e}", "If {e}, what is {v}?", "Which {v} solves {e}?", "Solve the equation {e}.", "{e}, find {v}.",
-        "What value of {v} makes {e} true?", "Can you solve {e}?", "Please solve {e}.", "Determine {v} from {e}.",
-        "For which {v} is {e}?", "Give me {v} when {e}.", "{v} = ? if {e}", "How large is {v} in {e}?", "Work out {v}: {e}",
-        "Equation: {e}. Find {v}.", "What must {v} be so that {e}?", "I have {e}. What is {v}?", "Let {e}. Find {v}.",
+        "Solve {e}.", "Solve {e} for {v}.", "What is {v} if {e}?", "Find {v}: {e}", "{e}", "{e}, {v} = ?",
+        "{e}. What is {v}?", "Solve for {v}: {e}", "If {e}, what is {v}?", "Which {v} solves {e}?",
+        "Solve the equation {e}.", "{e}, find {v}.", "What value of {v} makes {e} true?", "Can you solve {e}?",
+        "Please solve {e}.", "Determine {v} from {e}.", "For which {v} is {e}?", "Give me {v} when {e}.",
+        "{v} = ? if {e}", "How large is {v} in {e}?", "Work out {v}: {e}", "Equation: {e}. Find {v}.",
+        "What must {v} be so that {e}?", "I have {e}. What is {v}?", "Let {e}. Find {v}.",
         "What is the solution of {e}?", "Do you know {v} in {e}?", "Calculate {v} from {e}.", "Help me solve {e}.",
     ),
     "de": (
         "Löse {e}.", "Löse {e} nach {v} auf.", "Was ist {v}, wenn {e}?", "Finde {v}: {e}", "{e}", "{e}, {v} = ?",
         "{e}. Was ist {v}?", "Löse nach {v} auf: {e}", "Wenn {e}, was ist dann {v}?", "Welches {v} löst {e}?",
         "Löse die Gleichung {e}.", "{e}, bestimme {v}.", "Für welches {v} gilt {e}?", "Kannst du {e} lösen?",
-        "Bitte löse {e}.", "Bestimme {v} aus {e}.", "Wie groß ist {v} in {e}?", "Nenne {v}, wenn {e}.", "{v} = ? bei {e}",
-        "Berechne {v}: {e}", "Gleichung: {e}. Finde {v}.", "Was muss {v} sein, damit {e}?", "Ich habe {e}. Was ist {v}?",
-        "Es gilt {e}. Wie groß ist {v}?", "Was ist die Lösung von {e}?", "Weißt du, was {v} in {e} ist?",
-        "Rechne {v} aus: {e}", "Hilf mir, {e} zu lösen.", "Welchen Wert hat {v} in {e}?",
+        "Bitte löse {e}.", "Bestimme {v} aus {e}.", "Wie groß ist {v} in {e}?", "Nenne {v}, wenn {e}.",
+        "{v} = ? bei {e}", "Berechne {v}: {e}", "Gleichung: {e}. Finde {v}.", "Was muss {v} sein, damit {e}?",
+        "Ich habe {e}. Was ist {v}?", "Es gilt {e}. Wie groß ist {v}?", "Was ist die Lösung von {e}?",
+        "Weißt du, was {v} in {e} ist?", "Rechne {v} aus: {e}", "Hilf mir, {e} zu lösen.",
+        "Welchen Wert hat {v} in {e}?",
     ),
 }  # fmt: skip
 
