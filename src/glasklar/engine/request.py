@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glasklar.errors import RequestError
+from glasklar.errors import GlasklarError, RequestError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+State = Literal["waiting", "running", "finished"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,40 @@ class SamplingParams:
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise RequestError(f"{name} = {value}: must lie between {low} and {high}")
+        for token, bias in self.logit_bias.items():
+            if not math.isfinite(bias):
+                raise RequestError(f"logit_bias of token {token} = {bias}: must be a finite number")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a draw leaves tokens out; the most probable one is never left out."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+@dataclass(kw_only=True)
+class Request:
+    """What the scheduler handles.
+
+    limit      most tokens to make: `max_tokens`, or less where the model's context ends before
+    priority   higher runs first; among equals the earlier one
+    """
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    limit: int
+    priority: int = 0
+    state: State = "waiting"
+
+    @property
+    def reserve(self) -> int:
+        """Most cache tokens the request may come to hold. (The last token made is never put into the cache.)"""
+        return len(self.prompt) + self.limit - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +91,7 @@ class TokenEvent:
     logprob        of the token under the model's own distribution (temperature 1, before any truncation)
     alternatives   (id, logprob) of the most probable tokens, best first
     finish         set with the last token
+    error          why the request failed (finish "error"; then there is no token and `token` is -1)
     """
 
     request: int
@@ -62,6 +99,7 @@ class TokenEvent:
     logprob: float
     alternatives: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
+    error: GlasklarError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,245 @@
+"""The engine: prompts of token ids in, tokens out. Knows no text, no HTTP, no training.
+
+    engine = Engine(model)
+    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=16))    # whole answers
+    engine.add([1, 2, 3], SamplingParams()); engine.step()         # one by one, as a server does
+
+Weights are read from the model's own parameters at every pass. Whoever changes them in place (RL) calls `refresh`
+before the next request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from glasklar.engine.batch import Rows
+from glasklar.engine.cache import SlotCache
+from glasklar.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent
+from glasklar.engine.runner import Runner
+from glasklar.engine.sampler import Alternatives, Sampled, sample, uniform
+from glasklar.engine.scheduler import Scheduler, SlotRoom
+from glasklar.errors import CapacityError, GlasklarError, RequestError
+from glasklar.model.transformer import Transformer
+
+
+@dataclass(kw_only=True)
+class Stats:
+    """What the engine has done since it was made. Seconds are wall-clock."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Tokens that one pass made, in row order: request `requests[i]` got `sampled.tokens[i]`; `finish` of those that
+    ended, `completions` of those of them that got to an end."""
+
+    requests: list[Request]
+    sampled: Sampled
+    finish: dict[int, FinishReason]
+    completions: dict[int, Completion]
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    max_slots        most requests that run at once
+    max_tokens       most cache tokens of all slots together; memory is taken as it is needed
+    prefill_tokens   prompt tokens taken up in one step, so that running answers keep flowing
+    """
+
+    def __init__(
+        self, model: Transformer, *, max_slots: int = 512, max_tokens: int = 1 << 17, prefill_tokens: int = 1 << 13
+    ) -> None:
+        self.model, self.config = model, model.config
+        weight = model.embed_tokens.weight
+        self.cache = SlotCache(model.config, max_tokens=max_tokens, dtype=weight.dtype, device=weight.device)
+        self.room = SlotRoom(max_slots=max_slots, max_tokens=max_tokens)
+        self.scheduler = Scheduler(self.room, prefill_tokens=prefill_tokens)
+        self.runner = Runner(model, self.cache)
+        self.rows = Rows()
+        self.stats = Stats()
+        self._next_id = 0
+        self._alternatives: dict[int, list[Alternatives]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def refresh(self) -> None:
+        """Forgets what was computed with earlier weights. Refused while requests run, which would mix both."""
+        if self.has_work:
+            raise RequestError("refresh: requests are running; finish or cancel them before the weights change")
+        self.cache.clear_from(0)
+
+    def add(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> int:
+        """Queues a prompt; returns the request's id. Answers end where the model's context does.
+
+        Raises RequestError for an empty prompt, ids outside the vocabulary or a prompt that fills the context, and
+        CapacityError where the cache could never hold prompt and answer.
+        """
+        prompt = list(prompt_ids)
+        self._check(prompt, params)
+        limit = min(params.max_tokens, self.config.max_position_embeddings - len(prompt))
+        request = Request(id=self._next_id, prompt=prompt, params=params, limit=limit, priority=priority)
+        if not self.room.fits(1, request.reserve, request.reserve):
+            raise CapacityError(
+                f"prompt of {len(prompt)} and answer of up to {limit} tokens: the cache holds {self.cache.max_tokens}; "
+                f"lower the request's max_tokens or raise the engine's"
+            )
+        self._next_id += 1
+        self.scheduler.add(request)
+        return request.id
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+        vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        foreign = next((i for i in (*prompt, *params.logit_bias) if not 0 <= i < vocabulary), None)
+        if foreign is not None:
+            raise RequestError(f"token id {foreign}: the vocabulary has ids 0 to {vocabulary - 1}")
+        if len(prompt) >= context:
+            raise RequestError(
+                f"prompt of {len(prompt)} tokens: the model's context is {context} tokens, prompt and answer together"
+            )
+
+    def cancel(self, request_id: int) -> None:
+        """Drops a request at once; no further events come from it. Unknown and finished ids are left alone."""
+        row = self.scheduler.cancel(request_id)
+        if row is not None:
+            self._release([row])
+
+    def step(self) -> list[TokenEvent]:
+        """Takes up waiting requests, then makes one token for every running one."""
+        return [event for made in self._advance() for event in _events(made)]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Answers in the order of the prompts; `progress(finished, all)` is called after each step.
+
+        Raises GlasklarError if one of them fails; the others are then dropped.
+        """
+        if self.has_work:
+            raise RequestError("generate: other requests are running; use add and step beside them")
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts, but {len(each)} sampling settings")
+        completions: dict[int, Completion] = {}
+        ids: list[int] = []
+        try:
+            ids += (self.add(prompt, settings) for prompt, settings in zip(prompts, each, strict=True))
+            while self.has_work:
+                for made in self._advance():
+                    for i, reason in made.finish.items():
+                        if reason == "error":
+                            raise _failure(made.requests[i])
+                    completions.update(made.completions)
+                if progress is not None:
+                    progress(len(completions), len(ids))
+        finally:
+            for request_id in ids:
+                self.cancel(request_id)
+        return [completions[request_id] for request_id in ids]
+
+    def _advance(self) -> list[_Made]:
+        """One step of the engine: prompts that were admitted, then one token for all rows."""
+        self.stats.steps += 1
+        made = []
+        start = time.perf_counter()
+        admitted = self.scheduler.admit()
+        if admitted:
+            first = len(self.scheduler.running) - len(admitted)
+            longest = max(request.reserve for request in self.scheduler.running)
+            self.cache.reserve(len(self.scheduler.running), longest, keep=first)
+            self.rows.append(admitted)
+            logits_BW = self.runner.prefill([request.prompt for request in admitted], first)
+            made.append(self._sample(logits_BW, first))
+            self.stats.prompt_tokens += sum(len(request.prompt) for request in admitted)
+        middle = time.perf_counter()
+        if self.scheduler.running:
+            made.append(self._sample(self.runner.decode(self.rows), 0))
+        self.stats.prefill_seconds += middle - start
+        self.stats.decode_seconds += time.perf_counter() - middle
+        return made
+
+    def _sample(self, logits_BW: Tensor, first: int) -> _Made:
+        """Chooses and records a token for each row from `first` on, and lets go of those that ended."""
+        rows, n = self.rows, self.rows.n
+        requests = self.scheduler.running[first:n]
+        special = [
+            (i, r.params, r.prompt, rows.tokens[first + i, : rows.made[first + i]].tolist())
+            for i, r in enumerate(requests)
+            if r.params.penalised or r.params.truncated or r.params.logit_bias or r.params.logprobs
+        ]
+        numbers = uniform(rows.seed[first:n], rows.length[first:n])
+        sampled = sample(logits_BW, rows.temperature[first:n], numbers, special)
+        stopped = rows.record(first, sampled.tokens, sampled.logprobs)
+        self.stats.tokens += len(requests)
+        for i, alternatives in sampled.alternatives.items():
+            self._alternatives.setdefault(requests[i].id, []).append(alternatives)
+        ended = stopped | (rows.made[first:n] >= rows.limit[first:n]) | ~sampled.finite
+        finish: dict[int, FinishReason] = {}
+        completions = {}
+        for i in np.flatnonzero(ended).tolist():
+            finish[i] = "error" if not sampled.finite[i] else "stop" if stopped[i] else "length"
+            if finish[i] != "error":
+                completions[requests[i].id] = self._completion(first + i, finish[i])
+        self._release([first + i for i in finish])
+        if not sampled.finite.all():
+            self.cache.clear_from(self.rows.n)
+        return _Made(requests, sampled, finish, completions)
+
+    def _completion(self, row: int, finish: FinishReason) -> Completion:
+        count = self.rows.made[row]
+        return Completion(
+            ids=self.rows.tokens[row, :count].tolist(),
+            logprobs=self.rows.logprobs[row, :count].tolist(),
+            finish=finish,
+            alternatives=self._alternatives.get(self.scheduler.running[row].id, []),
+        )
+
+    def _release(self, gone: list[int]) -> None:
+        for row in gone:
+            self._alternatives.pop(self.scheduler.running[row].id, None)
+        moves = self.scheduler.release(gone)
+        self.cache.move(moves)
+        self.rows.move(moves, len(self.scheduler.running))
+
+
+def _events(made: _Made) -> list[TokenEvent]:
+    events = []
+    for i, request in enumerate(made.requests):
+        reason = made.finish.get(i)
+        if reason == "error":
+            events.append(TokenEvent(request=request.id, token=-1, logprob=0.0, finish=reason, error=_failure(request)))
+            continue
+        events.append(
+            TokenEvent(
+                request=request.id,
+                token=int(made.sampled.tokens[i]),
+                logprob=float(made.sampled.logprobs[i]),
+                alternatives=made.sampled.alternatives.get(i, ()),
+                finish=reason,
+            )
+        )
+    return events
+
+
+def _failure(request: Request) -> GlasklarError:
+    return GlasklarError(
+        f"request {request.id} (prompt of {len(request.prompt)} tokens): the model's logits hold NaN or infinity; "
+        "its weights are damaged or its training has diverged"
+    )

@@ -1,0 +1,51 @@
+"""Passes of the model over the cache: prompts with expanded attention, single tokens with absorbed attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glasklar.engine.batch import Rows, decode_inputs, prefill_groups, prefill_inputs
+from glasklar.engine.cache import SlotCache
+from glasklar.model.attention import cache_mask, document_mask
+from glasklar.model.transformer import Transformer
+
+# Tokens of one prefill pass: bounds what attention and the experts need beside the weights.
+PREFILL_TOKENS = 1 << 13
+
+
+class Runner:
+    """Holds the model and its cache, and no weights of its own: what the trainer changes in place is used at once."""
+
+    def __init__(self, model: Transformer, cache: SlotCache) -> None:
+        self.model, self.cache = model, cache
+        self.device = model.embed_tokens.weight.device
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], start: int) -> Tensor:
+        """Runs prompts through the model, into the slots from `start` on. Returns logits after each prompt [n, W]."""
+        groups = prefill_groups([len(prompt) for prompt in prompts], PREFILL_TOKENS)
+        return torch.cat([self._prefill(prompts[a:b], start + a) for a, b in groups])
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], start: int) -> Tensor:
+        inputs = prefill_inputs(prompts, self.cache.rows - start)
+        ids_BT, position_BT = inputs.ids_BT.to(self.device), inputs.position_BT.to(self.device)
+        B, T = ids_BT.shape
+        caches = self.cache.layers(start, B, T, position_BT)
+        mask_BTT = document_mask(inputs.segments_BT.to(self.device), self.model.dtype)
+        output = self.model(ids_BT, self.model.at(position_BT, mask_BTT), caches)
+        last_B = inputs.last_B.to(self.device)
+        hidden_BD = output.hidden_BTD[torch.arange(B, device=self.device), last_B]
+        return self.model.logits(hidden_BD)[: len(prompts)]
+
+    @torch.inference_mode()
+    def decode(self, rows: Rows) -> Tensor:
+        """Runs the last token of every row. Returns logits of the next ones [n, W]."""
+        ids_BT, position_BT, length = decode_inputs(rows)
+        ids_BT, position_BT = ids_BT.to(self.device), position_BT.to(self.device)
+        caches = self.cache.layers(0, len(ids_BT), length, position_BT)
+        at = self.model.at(position_BT, cache_mask(position_BT, length, self.model.dtype))
+        output = self.model(ids_BT, at, caches, absorbed=True)
+        return self.model.logits(output.hidden_BTD[: rows.n, 0])

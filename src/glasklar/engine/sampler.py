@@ -1,0 +1,172 @@
+"""From logits to tokens, for a whole batch at once.
+
+A token depends on its row's logits, seed and position alone: randomness is a hash of (seed, position) and the draw
+inverts the cumulative distribution in the order of the vocabulary, so neither the company in the batch nor the state of
+any generator matters.
+
+Order of the steps: penalties, bias, temperature; top-k; top-p among what top-k left; min-p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glasklar.engine.request import SamplingParams
+
+Alternatives = tuple[tuple[int, float], ...]
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One token a row.
+
+    logprobs       under the model's own distribution (temperature 1, nothing left out), fp32
+    finite         False where the logits hold NaN or infinity; the row's token then means nothing
+    alternatives   most probable tokens for rows that asked for them
+    """
+
+    tokens: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+    finite: NDArray[np.bool_]
+    alternatives: dict[int, Alternatives]
+
+
+def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Numbers in [0, 1), 53 bits each: SplitMix64 (Steele et al., OOPSLA 2014), generator `mix(seed)`, output number
+    `position`."""
+    mixed = _mix(_mix(seeds) + GOLDEN * (positions.astype(np.uint64) + np.uint64(1)))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@torch.inference_mode()
+def sample(
+    logits_BW: Tensor,
+    temperature_B: NDArray[np.float64],
+    uniform_B: NDArray[np.float64],
+    special: Sequence[tuple[int, SamplingParams, Sequence[int], Sequence[int]]] = (),
+) -> Sampled:
+    """Chooses a token for each row.
+
+    temperature   0 = the most probable token
+    uniform       from `uniform`
+    special       (row, params, prompt, made tokens) of the rows whose params ask for more than a temperature
+    """
+    own_BW = logits_BW.float()
+    norm_B = own_BW.logsumexp(-1)
+    chosen_BW = _adjust(own_BW, temperature_B, special) if special else own_BW
+    greedy = temperature_B == 0
+    if greedy.all():
+        tokens_B = chosen_BW.argmax(-1)
+    else:
+        tokens_B = draw(_scaled(chosen_BW, np.where(greedy, 1.0, temperature_B)), _to(uniform_B, own_BW))
+        if greedy.any():
+            tokens_B = torch.where(_to(greedy, own_BW), chosen_BW.argmax(-1), tokens_B)
+    logprobs_B = own_BW.gather(-1, tokens_B[:, None])[:, 0] - norm_B
+    finite_B = norm_B.isfinite()
+    return Sampled(
+        tokens_B.cpu().numpy(), logprobs_B.cpu().numpy(), finite_B.cpu().numpy(), _alternatives(own_BW, norm_B, special)
+    )
+
+
+def draw(logits_BW: Tensor, uniform_B: Tensor) -> Tensor:
+    """Inverts the cumulative softmax of the logits: the first token whose cumulative probability exceeds the number."""
+    cumulative_BW = logits_BW.softmax(-1).cumsum(-1, dtype=torch.float64)
+    # A number below 1 times the sum stays below the sum, also after rounding; tokens of probability 0 are never met.
+    threshold_B = uniform_B * cumulative_BW[:, -1]
+    tokens_B = torch.searchsorted(cumulative_BW, threshold_B[:, None], right=True)[:, 0]
+    return tokens_B.clamp_(max=logits_BW.shape[-1] - 1)  # reached by rows of NaN only
+
+
+def truncate(logits_BW: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
+    """Sets to -inf what top-k (0: all), top-p and min-p leave out; ties go to the lower id, the best token stays."""
+    sorted_BW, ids_BW = logits_BW.sort(dim=-1, descending=True, stable=True)
+    W = logits_BW.shape[-1]
+    rank_W = torch.arange(W, device=logits_BW.device)
+    k_B1 = torch.where(top_k_B > 0, top_k_B, W)[:, None]
+    sorted_BW = sorted_BW.masked_fill(rank_W >= k_B1, float("-inf"))
+    probs_BW = sorted_BW.softmax(-1, dtype=torch.float64)
+    before_BW = probs_BW.cumsum(-1) - probs_BW
+    kept_BW = (before_BW < top_p_B[:, None]) & (probs_BW >= min_p_B[:, None] * probs_BW[:, :1])
+    kept_BW[:, 0] = True
+    sorted_BW = sorted_BW.masked_fill(~kept_BW, float("-inf"))
+    return torch.empty_like(sorted_BW).scatter_(-1, ids_BW, sorted_BW)
+
+
+def penalise(logits_W: Tensor, params: SamplingParams, prompt: Sequence[int], made: Sequence[int]) -> Tensor:
+    """Penalties on earlier tokens. Repetition (arXiv 1909.05858: prompt and answer; positive logits are divided,
+    negative multiplied), then frequency and presence (answer only; subtracted per occurrence and once)."""
+    logits_W = logits_W.clone()
+    seen = torch.tensor(sorted({*prompt, *made}), device=logits_W.device)
+    old = logits_W[seen]
+    logits_W[seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+    made_ids = torch.tensor(list(made), dtype=torch.int64, device=logits_W.device)
+    counts_W = torch.bincount(made_ids, minlength=len(logits_W))
+    return logits_W - params.frequency_penalty * counts_W - params.presence_penalty * (counts_W > 0)
+
+
+def _adjust(
+    logits_BW: Tensor,
+    temperature_B: NDArray[np.float64],
+    special: Sequence[tuple[int, SamplingParams, Sequence[int], Sequence[int]]],
+) -> Tensor:
+    logits_BW = logits_BW.clone()
+    for row, params, prompt, made in special:
+        if params.penalised:
+            logits_BW[row] = penalise(logits_BW[row], params, prompt, made)
+        for token, bias in params.logit_bias.items():
+            logits_BW[row, token] += bias
+    truncated = [(row, params) for row, params, _, _ in special if params.truncated]
+    if truncated:
+        rows = torch.tensor([row for row, _ in truncated], device=logits_BW.device)
+        limits = [
+            torch.tensor(column, device=logits_BW.device, dtype=kind)
+            for column, kind in zip(
+                zip(*((p.top_k, p.top_p, p.min_p) for _, p in truncated), strict=True),
+                (torch.int64, torch.float64, torch.float64),
+                strict=True,
+            )
+        ]
+        scaled = _scaled(logits_BW[rows], temperature_B[rows.cpu().numpy()])
+        kept = truncate(scaled, *limits).isfinite()
+        logits_BW[rows] = logits_BW[rows].masked_fill(~kept, float("-inf"))
+    return logits_BW
+
+
+def _scaled(logits_BW: Tensor, temperature_B: NDArray[np.float64]) -> Tensor:
+    if (temperature_B == 1).all():
+        return logits_BW
+    return logits_BW / _to(temperature_B, logits_BW)[:, None].float()
+
+
+def _alternatives(
+    logits_BW: Tensor,
+    norm_B: Tensor,
+    special: Sequence[tuple[int, SamplingParams, Sequence[int], Sequence[int]]],
+) -> dict[int, Alternatives]:
+    wanted = [(row, min(params.logprobs, logits_BW.shape[-1])) for row, params, _, _ in special if params.logprobs]
+    if not wanted:
+        return {}
+    rows = torch.tensor([row for row, _ in wanted], device=logits_BW.device)
+    logprobs = logits_BW[rows] - norm_B[rows, None]
+    values, ids = logprobs.topk(max(count for _, count in wanted), dim=-1)
+    return {
+        row: tuple(zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True))
+        for i, (row, count) in enumerate(wanted)
+    }
+
+
+def _to(array: NDArray, like: Tensor) -> Tensor:
+    return torch.from_numpy(array).to(like.device)

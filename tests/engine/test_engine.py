@@ -1,0 +1,232 @@
+"""The engine against a loop that computes every token from the whole text with no cache."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from glasklar.engine.engine import Engine
+from glasklar.engine.request import SamplingParams, TokenEvent
+from glasklar.engine.sampler import draw, uniform
+from glasklar.errors import CapacityError, GlasklarError, RequestError
+from glasklar.model.attention import document_mask
+from glasklar.model.config import ModelConfig
+from glasklar.model.init import build, initialise
+from glasklar.model.transformer import Transformer
+from glasklar.ops.select import TABLES
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 96, "intermediate_size": 48, "initializer_range": 0.3}  # fmt: skip
+MLA = ModelConfig(
+    **SIZES, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10,
+    n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1,
+)  # fmt: skip
+GQA = ModelConfig(**SIZES, num_key_value_heads=2, head_dim=8)
+CONFIGS = {"mla": MLA, "gqa": GQA}
+
+
+def make(config: ModelConfig, ops: str = "reference", dtype: torch.dtype = torch.float32) -> Transformer:
+    return initialise(build(config, TABLES[ops], dtype=dtype), 3)
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return make(CONFIGS[request.param])
+
+
+def prompts(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(61) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+@torch.inference_mode()
+def full_logits(model: Transformer, ids: list[int]) -> Tensor:
+    """[T, W] from the whole text."""
+    tokens = torch.tensor([ids])
+    mask = document_mask(torch.zeros_like(tokens), model.dtype)
+    at = model.at(torch.arange(len(ids))[None], mask)
+    return model.logits(model(tokens, at).hidden_BTD)[0].float()
+
+
+def oracle(model: Transformer, prompt: list[int], params: SamplingParams) -> list[int]:
+    """Token by token, each from a pass over the whole text."""
+    made: list[int] = []
+    while len(made) < params.max_tokens and not (made and made[-1] in params.stop_ids):
+        logits = full_logits(model, prompt + made)[-1:]
+        if params.temperature == 0:
+            made.append(int(logits.argmax()))
+        else:
+            number = uniform(np.array([params.seed], np.uint64), np.array([len(prompt) + len(made)]))
+            made.append(int(draw(logits / params.temperature, torch.from_numpy(number))))
+    return made
+
+
+def collect(engine: Engine) -> dict[int, list[TokenEvent]]:
+    """Steps until nothing is left."""
+    events: dict[int, list[TokenEvent]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            events.setdefault(event.request, []).append(event)
+    return events
+
+
+def assert_idle(engine: Engine) -> None:
+    assert not engine.has_work
+    assert engine.rows.n == 0
+    assert engine.scheduler.running == []
+    assert not engine._alternatives
+
+
+def test_greedy_mix_of_arrivals_and_cancellations_against_full_recomputation(model: Transformer) -> None:
+    engine, rng = Engine(model, max_slots=7), random.Random(5)
+    asked = [(p, SamplingParams(max_tokens=rng.randint(1, 20), stop_ids=(7,))) for p in prompts(32)]
+    events: dict[int, list[TokenEvent]] = {}
+    ids: list[int] = []
+    while engine.has_work or len(ids) < len(asked):
+        ids += [engine.add(*asked[len(ids) + i]) for i in range(min(rng.randrange(4), len(asked) - len(ids)))]
+        for event in engine.step():
+            events.setdefault(event.request, []).append(event)
+        if rng.random() < 0.2 and ids:
+            engine.cancel(rng.choice(ids))
+    finished = 0
+    for number, (prompt, params) in zip(ids, asked, strict=True):
+        wanted = oracle(model, prompt, params)
+        made = [event.token for event in events.get(number, [])]
+        assert made == wanted[: len(made)]
+        if made and events[number][-1].finish:
+            assert made == wanted
+            assert events[number][-1].finish == ("stop" if wanted[-1] == 7 else "length")
+            finished += 1
+    assert finished > 20
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("ops", TABLES)
+def test_sampled_answers_are_the_same_alone_and_in_a_batch(model: Transformer, ops: str) -> None:
+    model = make(model.config, ops)
+    asked = prompts(20)
+    params = [SamplingParams(max_tokens=12, temperature=0.5 + i % 3 / 2, seed=i) for i in range(20)]
+    together = Engine(model).generate(asked, params)
+    for i in (0, 7, 19):
+        assert Engine(model).generate([asked[i]], params[i])[0].ids == together[i].ids
+        assert oracle(model, asked[i], params[i]) == together[i].ids
+
+
+def test_special_neighbours_do_not_change_a_plain_answer(model: Transformer) -> None:
+    asked = prompts(4)
+    plain = SamplingParams(max_tokens=10, temperature=0.8, seed=11)
+    special = SamplingParams(max_tokens=10, temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.2, logprobs=3)
+    alone = Engine(model).generate([asked[0]], plain)[0]
+    mixed = Engine(model).generate(asked, [plain, special, special, special])[0]
+    assert mixed.ids == alone.ids
+
+
+def test_logprobs_against_full_pass(model: Transformer) -> None:
+    params = SamplingParams(max_tokens=9, temperature=1.3, top_k=4, seed=2, logprobs=3)
+    for prompt, answer in zip(prompts(5), Engine(model).generate(prompts(5), params), strict=True):
+        wanted = full_logits(model, prompt + answer.ids)[len(prompt) - 1 : -1].log_softmax(-1)
+        np.testing.assert_allclose(
+            answer.logprobs, wanted.gather(-1, torch.tensor(answer.ids)[:, None])[:, 0], atol=1e-4
+        )
+        best = wanted.topk(3)
+        assert [[i for i, _ in row] for row in answer.alternatives] == best.indices.tolist()
+        np.testing.assert_allclose([[p for _, p in row] for row in answer.alternatives], best.values, atol=1e-4)
+
+
+@pytest.mark.parametrize("ops", TABLES)
+def test_bf16_logprobs_near_full_pass(ops: str) -> None:
+    model = make(MLA.replace(initializer_range=0.1), ops, torch.bfloat16)
+    answers = Engine(model).generate(prompts(6), SamplingParams(max_tokens=9, temperature=1.0))
+    for prompt, answer in zip(prompts(6), answers, strict=True):
+        wanted = full_logits(model, prompt + answer.ids)[len(prompt) - 1 : -1].log_softmax(-1)
+        np.testing.assert_allclose(
+            answer.logprobs, wanted.gather(-1, torch.tensor(answer.ids)[:, None])[:, 0], atol=0.05
+        )
+
+
+def test_answers_keep_the_order_of_prompts_and_progress_is_told(model: Transformer) -> None:
+    told: list[tuple[int, int]] = []
+    params = [SamplingParams(max_tokens=1 + i % 5) for i in range(12)]
+    answers = Engine(model, max_slots=3).generate(prompts(12), params, lambda *figures: told.append(figures))
+    assert [len(a.ids) for a in answers] == [p.max_tokens for p in params]
+    assert told[-1] == (12, 12)
+    assert told == sorted(told)
+
+
+def test_context_ends_the_answer(model: Transformer) -> None:
+    (answer,) = Engine(model).generate([[1] * 90], SamplingParams(max_tokens=50))
+    assert (len(answer.ids), answer.finish) == (6, "length")
+
+
+def test_cancelled_request_makes_no_more_tokens(model: Transformer) -> None:
+    engine = Engine(model)
+    first, second = (engine.add(p, SamplingParams(max_tokens=5)) for p in prompts(2))
+    engine.step()
+    engine.cancel(first)
+    assert set(collect(engine)) == {second}
+    assert_idle(engine)
+
+
+def test_nan_ends_its_request_and_no_other() -> None:
+    model = make(MLA)
+    clean = Engine(model).generate([[1, 2], [3, 4]], SamplingParams(max_tokens=6))
+    with torch.no_grad():
+        model.embed_tokens.weight[60] = float("nan")
+    engine = Engine(model)
+    first, bad, last = (engine.add(p, SamplingParams(max_tokens=6)) for p in ([1, 2], [5, 60, 5], [3, 4]))
+    events = collect(engine)
+    assert [e.finish for e in events[bad]] == ["error"]
+    assert isinstance(events[bad][0].error, GlasklarError)
+    assert [[e.token for e in events[i]] for i in (first, last)] == [answer.ids for answer in clean]
+    again = engine.generate([[1, 2], [3, 4]], SamplingParams(max_tokens=6))  # in slots that held NaN
+    assert [a.ids for a in again] == [a.ids for a in clean]
+    with pytest.raises(GlasklarError, match="NaN"):
+        engine.generate([[1, 2], [60]], SamplingParams(max_tokens=6))
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "empty"), ([1, 61], "61.* 0 to 60"), ([-1], "-1"), ([1] * 96, "96 tokens.*96"), ([1] * 200, "200.*96")],
+)
+def test_impossible_prompts_are_refused_with_numbers(model: Transformer, prompt: list[int], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Engine(model).add(prompt, SamplingParams())
+
+
+def test_request_larger_than_the_cache_is_refused(model: Transformer) -> None:
+    engine = Engine(model, max_tokens=64)
+    engine.add([1] * 30, SamplingParams(max_tokens=34))
+    with pytest.raises(CapacityError, match="30 .*36 .*64"):
+        engine.add([1] * 30, SamplingParams(max_tokens=36))
+
+
+def test_small_cache_gives_the_same_answers(model: Transformer) -> None:
+    params = SamplingParams(max_tokens=10)
+    small = Engine(model, max_tokens=256)
+    wanted = [a.ids for a in Engine(model).generate(prompts(24), params)]
+    assert [a.ids for a in small.generate(prompts(24), params)] == wanted
+    assert small.cache.bytes_allocated <= 256 * small.cache.bytes_per_token
+
+
+def test_weights_changed_in_place_are_used_and_refused_while_running() -> None:
+    model = make(MLA)
+    engine = Engine(model)
+    engine.generate(prompts(3), SamplingParams(max_tokens=4))
+    model.load_state_dict(initialise(build(MLA), 8).state_dict())
+    engine.refresh()
+    answers = engine.generate(prompts(3), SamplingParams(max_tokens=4))
+    assert [a.ids for a in answers] == [oracle(model, p, SamplingParams(max_tokens=4)) for p in prompts(3)]
+    engine.add([1], SamplingParams())
+    with pytest.raises(RequestError, match="running"):
+        engine.refresh()
+
+
+def test_statistics_count_tokens(model: Transformer) -> None:
+    engine = Engine(model)
+    engine.generate([[1] * 5, [2] * 7], SamplingParams(max_tokens=4))
+    assert (engine.stats.prompt_tokens, engine.stats.tokens, engine.stats.steps) == (12, 8, 3)
