@@ -98,6 +98,13 @@ def test_forgeries_are_named(ledger, forgery, line):
         Ledger(ledger.path)
 
 
+def test_chain_that_does_not_begin_at_the_beginning(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(Event.make(1, "2026-01-20T08:00:00.000Z", "run", {}, GENESIS).line())
+    with pytest.raises(CheckpointError, match="line 1 does not follow"):
+        read_ledger(path)
+
+
 @pytest.mark.parametrize("kept", [1, 40, -1])
 def test_line_cut_short_by_a_crash_is_removed_with_a_note(ledger, kept):
     lines = ledger.path.read_bytes().splitlines(keepends=True)

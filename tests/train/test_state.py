@@ -175,7 +175,7 @@ def test_capacity_error_is_told_apart(tmp_path, monkeypatch):
 
 
 KILLED = """
-import json, os, random, signal, sys, time
+import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
 from glasklar.train.state import checkpoint_name, latest, load_state, prune, save_state
@@ -190,8 +190,8 @@ def save_for_ever(step):
         report.write_text(str(step))
         prune(folder, keep=2)
 
-draw, step = random.Random(0), 0
-for _ in range(40):
+draw, step, cut_short = random.Random(0), 0, 0
+while step < 20 or cut_short < 5:
     child = os.fork()
     if child == 0:
         save_for_ever(step)
@@ -205,17 +205,19 @@ for _ in range(40):
         assert torch.equal(tensors["w"], torch.full((30_000,), float(step)))
     text = report.read_text() if report.exists() else ""
     print(json.dumps({"reported": int(text or 0), "found": step}))
+    for leftover in folder.glob(".tmp-*"):
+        cut_short += 1
+        shutil.rmtree(leftover)
 """
 
 
 def test_kill_at_random_moments_leaves_the_last_complete_checkpoint(tmp_path):
-    """Forty saving processes, each killed within 50 ms; the state must never be older than the last one reported."""
+    """Until five kills fell into a save or a removal. The state is never older than the last one reported."""
     command = [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints"), str(tmp_path / "report")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    rounds = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rounds) == 40
-    for line in rounds:
-        assert line["reported"] in (0, line["found"], line["found"] - 1)
-    assert rounds[-1]["found"] > 10
-    assert any(".tmp-" in p.name for p in (tmp_path / "checkpoints").iterdir()), "no kill fell into a save"
+    known = 0
+    for line in map(json.loads, done.stdout.splitlines()):
+        known = max(known, line["reported"])
+        assert line["found"] in (known, known + 1), "one more: killed between saving and reporting"
+        known = line["found"]
