@@ -43,6 +43,11 @@ class Rows:
         self.tokens = np.zeros((0, 1), np.int64)
         self.logprobs = np.zeros((0, 1), np.float32)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return int(self.length[: self.n].max(initial=0))
+
     def append(self, requests: Sequence[Request]) -> None:
         """New rows at the end."""
         start, self.n = self.n, self.n + len(requests)
@@ -127,13 +132,10 @@ def prefill_inputs(prompts: Sequence[Sequence[int]], most_rows: int) -> PrefillI
     return PrefillInputs(*(torch.from_numpy(array) for array in (ids, position, segments, lengths - 1)))
 
 
-def decode_inputs(rows: Rows) -> tuple[Tensor, Tensor, int]:
-    """Last tokens and positions [B, 1] in rounded shapes, and the rounded length of the cache that they see.
-
-    Spare rows stand at position 0 of an empty slot.
-    """
+def decode_inputs(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Last tokens and their positions [B, 1] in rounded shapes. Spare rows stand at position 0 of an empty slot."""
     n = rows.n
     B = rounded_rows(n)
     ids, position = np.zeros((B, 1), np.int64), np.zeros((B, 1), np.int64)
     ids[:n, 0], position[:n, 0] = rows.last[:n], rows.length[:n] - 1
-    return torch.from_numpy(ids), torch.from_numpy(position), rounded_length(int(position.max()) + 1)
+    return torch.from_numpy(ids), torch.from_numpy(position)

@@ -19,7 +19,8 @@ from glasklar.model.config import ModelConfig
 
 
 class SlotCache:
-    """[L, rows, S, width], allocated when needed and never beyond `max_tokens` = rows * S.
+    """[L, rows, length, width]: as long as the longest running request at the moment, never above `max_tokens` = rows *
+    length. (Kept tight because products over a part of each slot are several times slower than over whole slots.)
 
     Every value is finite at all times (masked values are multiplied by zero, which does not silence NaN); `clear_from`
     restores that after a failure.
@@ -35,6 +36,11 @@ class SlotCache:
         return self.data.shape[1]
 
     @property
+    def length(self) -> int:
+        """Tokens that a slot holds."""
+        return self.data.shape[2]
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in all layers."""
         return self.data.shape[0] * self.data.shape[3] * self.data.element_size()
@@ -43,29 +49,28 @@ class SlotCache:
     def bytes_allocated(self) -> int:
         return self.data.numel() * self.data.element_size()
 
-    def reserve(self, rows: int, length: int, keep: int) -> None:
-        """Makes room for `rows` slots of `length` tokens; the first `keep` slots keep what they hold.
+    def fit(self, rows: int, length: int, keep: int) -> None:
+        """Makes `rows` slots of `length` tokens, or somewhat more; the first `keep` slots keep what they hold.
 
         Raises CapacityError where the limit or the machine's memory does not allow it.
         """
         rows, length = rounded_rows(rows), rounded_length(length)
         L, old_rows, old_length, width = self.data.shape
-        if rows <= old_rows and length <= old_length:
+        if rows <= old_rows and old_length // 2 < length <= old_length:
             return
-        wide, long = max(rows, old_rows), max(length, old_length)
-        if wide * long > self.max_tokens:
-            wide, long = rows, length
-        if wide * long > self.max_tokens:
+        if max(rows, old_rows) * length <= self.max_tokens:
+            rows = max(rows, old_rows)
+        if rows * length > self.max_tokens:
             raise CapacityError(
                 f"{rows} slots of {length} tokens exceed the cache's {self.max_tokens} tokens; raise max_tokens"
             )
         try:
-            data = self.data.new_zeros(L, wide, long, width)
+            data = self.data.new_zeros(L, rows, length, width)
         except RuntimeError as error:  # torch has no own error for host memory
-            size = L * wide * long * width * self.data.element_size()
+            size = L * rows * length * width * self.data.element_size()
             raise CapacityError(f"the cache needs {size / 1e9:.1f} GB; lower max_tokens ({error})") from None
-        length = min(old_length, long)
-        data[:, :keep, :length] = self.data[:, :keep, :length]
+        common = min(old_length, length)
+        data[:, :keep, :common] = self.data[:, :keep, :common]
         self.data = data
 
     def layers(self, start: int, rows: int, length: int, slots_BT: Tensor) -> list[LayerCache]:

@@ -161,15 +161,15 @@ class Engine:
         start = time.perf_counter()
         admitted = self.scheduler.admit()
         if admitted:
-            first = len(self.scheduler.running) - len(admitted)
-            longest = max(request.reserve for request in self.scheduler.running)
-            self.cache.reserve(len(self.scheduler.running), longest, keep=first)
+            first = self.rows.n
             self.rows.append(admitted)
+            self.cache.fit(self.rows.n, self.rows.longest, keep=first)
             logits_BW = self.runner.prefill([request.prompt for request in admitted], first)
             made.append(self._sample(logits_BW, first))
             self.stats.prompt_tokens += sum(len(request.prompt) for request in admitted)
         middle = time.perf_counter()
         if self.scheduler.running:
+            self.cache.fit(self.rows.n, self.rows.longest, keep=self.rows.n)
             made.append(self._sample(self.runner.decode(self.rows), 0))
         self.stats.prefill_seconds += middle - start
         self.stats.decode_seconds += time.perf_counter() - middle

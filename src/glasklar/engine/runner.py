@@ -43,8 +43,8 @@ class Runner:
     @torch.inference_mode()
     def decode(self, rows: Rows) -> Tensor:
         """Runs the last token of every row. Returns logits of the next ones [n, W]."""
-        ids_BT, position_BT, length = decode_inputs(rows)
-        ids_BT, position_BT = ids_BT.to(self.device), position_BT.to(self.device)
+        length = self.cache.length
+        ids_BT, position_BT = (tensor.to(self.device) for tensor in decode_inputs(rows))
         caches = self.cache.layers(0, len(ids_BT), length, position_BT)
         at = self.model.at(position_BT, cache_mask(position_BT, length, self.model.dtype))
         output = self.model(ids_BT, at, caches, absorbed=True)

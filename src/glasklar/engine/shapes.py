@@ -6,8 +6,9 @@ LENGTHS = 32
 
 
 def rounded_length(tokens: int) -> int:
-    """Cache or prompt length: a multiple of 32."""
-    return -(-tokens // LENGTHS) * LENGTHS
+    """Length of cache or prompt: a multiple of 32 up to 512, then with at most an eighth to spare."""
+    multiple = max(LENGTHS, 1 << max(0, (tokens - 1).bit_length() - 4))
+    return -(-tokens // multiple) * multiple
 
 
 def rounded_rows(count: int) -> int:

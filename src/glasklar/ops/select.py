@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from glasklar.errors import RecipeError
-from glasklar.ops import reference, torch_cpu
+from glasklar.ops import inference, reference, torch_cpu
 from glasklar.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -28,15 +31,25 @@ class Ops:
     token_logprobs: Callable[..., Any] = reference.token_logprobs
 
 
+def _by_gradient(recorded: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """`recorded` in passes that will go backward, `otherwise` in the others."""
+
+    @functools.wraps(recorded)
+    def op(*args: Any, **named: Any) -> Any:
+        return (recorded if torch.is_grad_enabled() else otherwise)(*args, **named)
+
+    return op
+
+
 REFERENCE = Ops(name="reference")
 TORCH_CPU = Ops(
     name="torch_cpu",
-    rms_norm=torch_cpu.rms_norm,
-    rotate=torch_cpu.rotate,
-    attention=torch_cpu.attention,
-    swiglu=torch_cpu.swiglu,
-    experts=torch_cpu.experts,
-    token_logprobs=torch_cpu.token_logprobs,
+    rms_norm=_by_gradient(torch_cpu.rms_norm, inference.rms_norm),
+    rotate=_by_gradient(torch_cpu.rotate, inference.rotate),
+    attention=_by_gradient(torch_cpu.attention, inference.attention),
+    swiglu=_by_gradient(torch_cpu.swiglu, inference.swiglu),
+    experts=_by_gradient(torch_cpu.experts, inference.experts),
+    token_logprobs=_by_gradient(torch_cpu.token_logprobs, reference.token_logprobs),
 )
 TABLES = {table.name: table for table in (REFERENCE, TORCH_CPU)}
 
