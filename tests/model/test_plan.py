@@ -13,7 +13,8 @@ from glasklar.model.shapes import load_hardware, load_shape
 V3_TOKENS, V3_HOURS = 14.8e12, 2_664_000  # arXiv 2412.19437, table 1
 STABLE_KEYS = {
     "params_total", "params_active", "params_mtp", "params_embedding", "flops_per_token_train",
-    "flops_per_token_prefill", "flops_per_token_decode", "cache_bytes_per_token", "memory_training_bytes", "memory_serving_bytes", "hours",
+    "flops_per_token_prefill", "flops_per_token_decode", "cache_bytes_per_token", "memory_training_bytes",
+    "memory_serving_bytes", "hours",
     "energy_kwh", "cost_usd", "hardware", "assumptions",
 }  # fmt: skip
 
