@@ -1,6 +1,7 @@
 """Counts against the built network, torch's FLOP counter and the papers."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from glasklar.model import cost
 from glasklar.model.attention import LayerCache, cache_mask, document_mask
 from glasklar.model.config import ModelConfig
 from glasklar.model.init import build, initialise
-from glasklar.model.shapes import load_shape
+from glasklar.model.shapes import load_shape, shape_names
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import TORCH_CPU
 
@@ -238,3 +239,17 @@ def test_decoding_reads_each_met_expert_once():
     assert cost.decode_bytes(config, context=10, sequences=1) == body + 10 * cache
     every = cost.count_parameters(config).total * 2 - cost.count_parameters(config).embedding * 2
     assert cost.decode_bytes(config, context=1, sequences=4000) == pytest.approx(every + 4000 * cache, abs=2)
+
+
+def test_the_guides_table_is_this_codes():
+    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    shapes = {row[0]: row[1:] for row in rows[1:]}
+    assert shapes.keys() == {*shape_names()} - {"deepseek-r1"}
+    for name, row in shapes.items():
+        config = load_shape(name).config
+        counts, flops = cost.count_parameters(config), cost.training_flops_per_token(config, 4096)
+        parameters = [f"{value / 1e9:.2f}" for value in (counts.total, counts.active, counts.mtp)]
+        assert row == [*parameters, f"{flops / 1e9:.1f}", f"{cost.cache_bytes_per_token(config):,}"], name
