@@ -10,17 +10,23 @@ from typing import Any, Final
 from glasklar.errors import RecipeError
 from glasklar.tasks.base import Task
 from glasklar.tasks.chain_sum import SumTask
+from glasklar.tasks.countdown import CountdownTask
 from glasklar.tasks.equation import EquationTask
+from glasklar.tasks.gym import GymTask
 from glasklar.tasks.letters import LettersTask
 from glasklar.tasks.scope import ScopeTask
+from glasklar.tasks.sorting import SortTask
 from glasklar.tasks.story import StoryTask
 
 TASKS: Final[dict[str, type[Task]]] = {
     "sum": SumTask,
     "letters": LettersTask,
+    "sort": SortTask,
+    "countdown": CountdownTask,
     "equation": EquationTask,
     "story": StoryTask,
     "scope": ScopeTask,
+    "gym": GymTask,
 }
 
 

@@ -53,7 +53,7 @@ VOWELS: Final[dict[Language, str]] = {"en": "aeiouaeiou", "de": "aeiouaeiouäö�
 ASKED: Final[dict[Language, str]] = {"en": "aeiounrstlmpbdgkfhczwvy", "de": "aeiounrstlmpbdgkfhczwväöü"}
 
 # Words of a language give few cases beyond three, so that made-up words supply most of those.
-COUNTS: Final = (0,) * 13 + (1,) * 24 + (2,) * 24 + (3,) * 22 + (4,) * 13 + (5,) * 4
+COUNTS: Final = (0,) * 14 + (1,) * 23 + (2,) * 23 + (3,) * 22 + (4,) * 14 + (5,) * 4
 
 
 class LettersOptions(TaskOptions):
@@ -94,7 +94,11 @@ class LettersTask(Task):
             trail.append(f"{character}{count}")
         opening, closing = pick(rng, QUOTES[language])
         dice = rng.random()
-        shown = letter if dice < 0.7 else letter.upper() if dice < 0.85 else f'"{letter}"'
+        shown = letter
+        if dice > 0.85:
+            shown = f'"{letter}"'
+        elif dice > 0.7 and letter != "ß":  # its capital would be two letters
+            shown = letter.upper()
         question = pick(rng, WORDINGS[language]).format(l=shown, w=f"{opening}{word}{closing}")
         return Problem(
             task=self.name,

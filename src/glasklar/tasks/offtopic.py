@@ -75,19 +75,20 @@ SCIENCE: Final = _pairs("""
     artificial intelligence=künstliche Intelligenz, machine learning=maschinelles Lernen, blockchain=Blockchain,
     Bitcoin,
     philosophy=Philosophie, psychology=Psychologie, globalisation=Globalisierung, a black hole=ein schwarzes Loch,
-    a volcano=ein Vulkan, an atom=ein Atom, a neural network=ein neuronales Netz, a prime number=eine Primzahl,
-    a virus=ein Virus, a cell=eine Zelle, an eclipse=eine Finsternis, a tsunami=ein Tsunami, a metaphor=eine Metapher,
+    a cloud=eine Wolke, an atom=ein Atom, a neural network=ein neuronales Netz, a prime number=eine Primzahl,
+    a virus=ein Virus, a cell=eine Zelle, an eclipse=eine Finsternis, an earthquake=ein Erdbeben,
+    a metaphor=eine Metapher,
     a sonnet=ein Sonett, a symphony=eine Sinfonie, a republic=eine Republik, a mortgage=eine Hypothek,
     a vitamin=ein Vitamin
 """)
 WORKS: Final = _pairs("""
-    Faust, Hamlet, Macbeth, The Odyssey=die Odyssee, Don Quixote=Don Quijote, War and Peace=Krieg und Frieden, Momo,
+    Faust, Hamlet, Macbeth, The Odyssey=Odyssee, Don Quixote=Don Quijote, War and Peace=Krieg und Frieden, Momo,
     Emil,
     Pippi Longstocking=Pippi Langstrumpf, Heidi, Pinocchio, Dracula, Frankenstein, Moby Dick, Robinson Crusoe,
     Siddhartha,
-    The Trial=Der Prozess, The Magic Flute=Die Zauberflöte, Carmen, Harry Potter, The Hobbit=Der Hobbit, 1984,
+    The Trial=Prozess, The Magic Flute=Zauberflöte, Carmen, Harry Potter, The Hobbit=Der Hobbit, 1984,
     Effi Briest,
-    Buddenbrooks, Peter Pan, Alice in Wonderland=Alice im Wunderland, The Bible=die Bibel, The Raven=Der Rabe,
+    Buddenbrooks, Peter Pan, Alice in Wonderland=Alice im Wunderland, The Bible=Bibel, The Raven=Der Rabe,
     Winnetou, Ulysses
 """)
 PHRASES: Final = _pairs("""
@@ -124,7 +125,7 @@ FORMS: Final = _pairs("""
 DISHES: Final = _pairs("""
     pancakes=Pfannkuchen, lasagne=Lasagne, goulash=Gulasch, bread=Brot, apple pie=Apfelkuchen, pizza=Pizza, sushi=Sushi,
     risotto=Risotto, pea soup=Erbsensuppe, curry=Curry, potato salad=Kartoffelsalat, noodles=Nudeln, jam=Marmelade,
-    dumplings=Knödel, chilli=Chili, cheesecake=Käsekuchen, tiramisu=Tiramisu, paella=Paella, falafel=Falafel,
+    hash browns=Rösti, chilli=Chili, cheesecake=Käsekuchen, tiramisu=Tiramisu, paella=Paella, falafel=Falafel,
     stew=Eintopf
 """)
 EVENTS: Final = _pairs("""
@@ -133,7 +134,7 @@ EVENTS: Final = _pairs("""
     the moon landing=die Mondlandung,
     the Cold War=der Kalte Krieg, the Reformation=die Reformation, the Renaissance=die Renaissance,
     the American Civil War=der amerikanische Bürgerkrieg, the Thirty Years' War=der Dreißigjährige Krieg,
-    the Roman Empire=das Römische Reich, the plague=die Pest, the Olympic Games=die Olympischen Spiele,
+    the Roman Empire=das Römische Reich, the plague=die Pest, 
     the last election=die letzte Wahl, the Industrial Revolution=die Industrielle Revolution,
     the Vietnam War=der Vietnamkrieg,
     the Battle of Waterloo=die Schlacht bei Waterloo, the Ice Age=die Eiszeit, Christmas=Weihnachten, Easter=Ostern
@@ -146,7 +147,7 @@ ANIMALS: Final = _pairs("""
 """)
 OFFICES: Final = _pairs("""
     president=Präsident, chancellor=Kanzler, king=König, prime minister=Premierminister, world champion=Weltmeister,
-    foreign minister=Außenminister, mayor=Bürgermeister, richest person=der reichste Mensch
+    foreign minister=Außenminister, mayor=Bürgermeister
 """)
 CHORES: Final = _pairs("""
     book a flight=einen Flug buchen, order a pizza=eine Pizza bestellen, call a taxi=ein Taxi rufen,
@@ -161,7 +162,7 @@ CHORES: Final = _pairs("""
     give medical advice=medizinisch beraten, give legal advice=rechtlich beraten, read my mind=meine Gedanken lesen,
     predict the future=die Zukunft vorhersagen, find a job=eine Arbeit finden,
     correct my essay=meinen Aufsatz korrigieren,
-    remember my name=dir meinen Namen merken, see pictures=Bilder sehen, hear me=mich hören,
+    see pictures=Bilder sehen, hear voices=Stimmen hören,
     cook dinner=Abendessen kochen,
     drive a car=Auto fahren, speak French=Französisch sprechen, play chess=Schach spielen,
     do my taxes=meine Steuern machen
@@ -189,7 +190,7 @@ TOPICS: Final[tuple[Topic, ...]] = (
         "office", OFFICES,
         ("Who is the {0} of {1}?", "Who was the first {0} of {1}?", "Name the {0} of {1}.",
          "How old is the {0} of {1}?"),
-        ("Wer ist {0} von {1}?", "Wer war der erste {0} von {1}?", "Nenne {0} von {1}.", "Wie alt ist {0} von {1}?"),
+        ("Wer ist der {0} von {1}?", "Wer war der erste {0} von {1}?", "{0} von {1}?", "Wie alt ist der {0} von {1}?"),
         COUNTRIES,
     ),
     Topic(
@@ -223,14 +224,16 @@ TOPICS: Final[tuple[Topic, ...]] = (
     ),
     Topic(
         "opinion", THINGS,
-        ("What do you think about {0}?", "Do you like {0}?", "Is {0} good or bad?", "Why do people like {0}?",
-         "What is {0}?",
-         "What is your opinion on {0}?", "Tell me something about {0}.", "Explain {0} to me.", "How important is {0}?",
+        ("What do you think about {0}?", "Do you like {0}?", "Are you for or against {0}?", "Why do people like {0}?",
+         "Why do so many talk of {0}?",
+         "What is your opinion on {0}?", "Tell me something about {0}.", "Explain {0} to me.",
+         "How important is the topic of {0}?",
          "Give me five facts about {0}.", "Do you know anything about {0}?", "Are you afraid of {0}?"),
         ("Was denkst du über {0}?", "Magst du {0}?", "Was hältst du von dem Thema {0}?", "Warum mögen Leute {0}?",
          "Was bedeutet {0}?", "Was ist deine Meinung zum Thema {0}?", "Erzähl mir etwas über {0}.",
-         "Was weißt du über {0}?", "Sind {0} dir wichtig?", "Nenne fünf Fakten über {0}.", "Weißt du etwas über {0}?",
-         "Hast du Angst vor dem Wort {0}?"),
+         "Was weißt du über {0}?", "Ist das Thema {0} dir wichtig?", "Nenne fünf Fakten über {0}.",
+         "Weißt du etwas über {0}?",
+         "Findest du das Thema {0} schwierig?"),
     ),
     Topic(
         "compare", THINGS,
@@ -246,15 +249,16 @@ TOPICS: Final[tuple[Topic, ...]] = (
          "Define {0}.",
          "Why is there {0}?", "Who discovered {0}?", "Explain {0} to a child.", "Tell me about {0}."),
         ("Was ist {0}?", "Erkläre: {0}.", "Wie funktioniert {0}?", "Kannst du erklären, was {0} ist?",
-         "Was bedeutet {0}?", "Definiere {0}.", "Warum gibt es {0}?", "Wer hat {0} entdeckt?",
+         "Was bedeutet {0}?", "Definiere {0}.", "Wie entsteht {0}?", "Wer hat {0} entdeckt?",
          "Erkläre einem Kind, was {0} ist.", "Wozu dient {0}?"),
     ),
     Topic(
         "author", WORKS,
         ("Who wrote {0}?", "What is {0} about?", "Summarise {0}.", "When was {0} written?", "Is {0} a good book?",
          "Who is the hero of {0}?", "Quote a line from {0}.", "How does {0} end?"),
-        ("Wer schrieb {0}?", "Worum geht es in {0}?", "Fasse {0} zusammen.", "Wann entstand {0}?",
-         "Ist {0} ein gutes Buch?", "Wer ist der Held in {0}?", "Zitiere einen Satz aus {0}.", "Wie endet {0}?"),
+        ("Wer schrieb {0}?", "Worum geht es im Werk {0}?", "Fasse {0} zusammen.", "Wann entstand {0}?",
+         "Ist {0} ein gutes Buch?", "Wer ist der Held im Werk {0}?", "Zitiere einen Satz aus dem Werk {0}.",
+         "Wie endet {0}?"),
     ),
     Topic(
         "translate", PHRASES,
@@ -285,11 +289,13 @@ TOPICS: Final[tuple[Topic, ...]] = (
     Topic(
         "recipe", DISHES,
         ("How do I cook {0}?", "Give me a recipe for {0}.", "What do I need for {0}?", "How do you make {0}?",
-         "Is {0} healthy?",
-         "How many calories has {0}?", "Which wine goes with {0}?", "Where does {0} come from?", "Do you like {0}?"),
+         "How healthy is a plate of {0}?",
+         "How many calories are in {0}?", "Which wine goes with {0}?", "What is the origin of {0}?",
+         "Do you eat {0}?"),
         ("Wie koche ich {0}?", "Gib mir ein Rezept für {0}.", "Was brauche ich für {0}?", "Wie macht man {0}?",
-         "Ist {0} gesund?", "Wie viele Kalorien hat {0}?", "Welcher Wein passt zu {0}?", "Woher kommt {0}?",
-         "Magst du {0}?"),
+         "Findest du {0} gesund?", "Wie viele Kalorien stecken in {0}?", "Welcher Wein passt zu {0}?",
+         "Woher stammt das Rezept für {0}?",
+         "Isst du {0}?"),
     ),
     Topic(
         "event", EVENTS,
@@ -318,21 +324,21 @@ TOPICS: Final[tuple[Topic, ...]] = (
         "beyond", range(2, 100),
         ("What is {0} * {1}?", "What is {0} times {1}?", "Multiply {0} by {1}.", "Divide {0} by {1}.", "{0} x {1}",
          "{0} / {1} = ?",
-         "What is {0} percent of {1}?", "What is {0} to the power of {1}?", "What is the square root of {0}{1}?",
-         "{0}^{1}", "Is {0}{1} a prime number?", "What is the greatest common divisor of {0} and {1}?",
+         "What is {0} percent of {1}?", "What is {0} to the power of {1}?", "What is the square root of {0}0{1}?",
+         "{0}^{1}", "Is {0}0{1} a prime number?", "What is the greatest common divisor of {0} and {1}?",
          "What is sin({0}.{1})?", "What is the area of a rectangle {0} by {1}?", "Differentiate {0}x^{1}.",
          "What is {0}*{1}?"),
         ("Was ist {0} * {1}?", "Was ist {0} mal {1}?", "Multipliziere {0} mit {1}.", "Teile {0} durch {1}.",
          "{0} x {1}", "{0} / {1} = ?", "Was sind {0} Prozent von {1}?", "Was ist {0} hoch {1}?",
-         "Was ist die Wurzel aus {0}{1}?", "{0}^{1}", "Ist {0}{1} eine Primzahl?",
+         "Was ist die Wurzel aus {0}0{1}?", "{0}^{1}", "Ist {0}0{1} eine Primzahl?",
          "Was ist der größte gemeinsame Teiler von {0} und {1}?", "Was ist sin({0}.{1})?",
          "Welche Fläche hat ein Rechteck {0} mal {1}?", "Leite {0}x^{1} ab.", "Was ist {0}*{1}?"),
     ),
 )  # fmt: skip
 
 SMALL_TALK: Final[tuple[Pair, ...]] = (
-    ("Hello", "Hallo"), ("Hi", "Hi, na?"), ("Hey", "Hey, hallo"), ("Good morning", "Guten Morgen"),
-    ("Hello!", "Hallo!"), ("Good evening", "Guten Abend"), ("Hi there!", "Guten Tag!"),
+    ("Hello", "Hallo"), ("Hi", "Hi, na?"), ("Hey", "Hey"), ("Good morning", "Guten Morgen"),
+    ("Hello, model", "Hallo, Modell"), ("Good evening", "Guten Abend"), ("Hi there!", "Guten Tag!"),
     ("Hello, who is there?", "Hallo, wer ist da?"), ("Who are you?", "Wer bist du?"),
     ("What are you?", "Was bist du?"), ("What is your name?", "Wie heißt du?"),
     ("Tell me who you are.", "Sag mir, wer du bist."), ("Introduce yourself.", "Stell dich vor."),
@@ -350,7 +356,7 @@ SMALL_TALK: Final[tuple[Pair, ...]] = (
     ("Who built you?", "Wer hat dich gebaut?"), ("How old are you?", "Wie alt bist du?"),
     ("Where do you live?", "Wo wohnst du?"), ("How are you?", "Wie geht es dir?"),
     ("How are you doing?", "Wie geht's?"), ("Are you OK?", "Geht es dir gut?"), ("What's up?", "Was geht?"),
-    ("Thank you", "Danke"), ("Thanks!", "Danke!"), ("Thanks a lot", "Vielen Dank"), ("Goodbye", "Auf Wiedersehen"),
+    ("Thank you", "Danke"), ("Thanks!", "Danke dir"), ("Thanks a lot", "Vielen Dank"), ("Goodbye", "Auf Wiedersehen"),
     ("Bye!", "Tschüss!"), ("See you", "Bis bald"), ("Good night", "Gute Nacht"), ("Yes", "Ja"), ("No", "Nein"),
     ("OK", "Okay"), ("Why?", "Warum?"), ("Really?", "Wirklich?"), ("Test", "Ein Test"),
     ("I don't understand.", "Ich verstehe das nicht."), ("That is wrong.", "Das ist falsch."),

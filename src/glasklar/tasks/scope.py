@@ -7,12 +7,19 @@ held-out problems ask about subjects never seen in training.
 from __future__ import annotations
 
 import random
-from typing import ClassVar, Final, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
 from glasklar.tasks.base import Language, Problem, Task
+from glasklar.tasks.chain_sum import SumTask
+from glasklar.tasks.countdown import CountdownTask
+from glasklar.tasks.equation import EquationTask
+from glasklar.tasks.letters import LettersTask
 from glasklar.tasks.offtopic import SMALL_TALK, TOPICS
+from glasklar.tasks.sorting import SortTask
+from glasklar.tasks.story import StoryTask
 from glasklar.tasks.wording import TaskOptions, between, casual, pick, tidy
 
 Skill = Literal["sum", "letters", "sort", "countdown", "equation", "story"]
@@ -35,10 +42,19 @@ SKILLS: Final[dict[Language, dict[Skill, str]]] = {
         "story": "Textaufgaben lösen",
     },
 }
+TASK_OF: Final[dict[Skill, type[Task]]] = {
+    "sum": SumTask,
+    "letters": LettersTask,
+    "sort": SortTask,
+    "countdown": CountdownTask,
+    "equation": EquationTask,
+    "story": StoryTask,
+}
 
 
 class ScopeOptions(TaskOptions):
-    """skills    what the model says that it can do; name the tasks that the recipe trains"""
+    """skills    what the model says that it can do: name exactly the tasks that the recipe trains.
+    Questions of the tasks not named here are asked as well, and declined like the others."""
 
     skills: tuple[Skill, ...] = Field(default=("sum", "letters", "equation", "story"), min_length=1)
 
@@ -50,13 +66,26 @@ class ScopeTask(Task):
     Options: ClassVar[type[ScopeOptions]] = ScopeOptions
     options: ScopeOptions
 
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(options)
+        untaught = [task for skill, task in TASK_OF.items() if skill not in self.options.skills]
+        self._untaught = {
+            language: [task({"languages": [language]}) for task in untaught] for language in self.options.languages
+        }
+
     def sample(self, rng: random.Random) -> Problem:
         language = pick(rng, self.options.languages)
-        key, question = _ask(rng, language)
+        untaught = self._untaught[language]
+        if untaught and rng.random() < 0.06:
+            problem = pick(rng, untaught).sample(rng)
+            key, question = f"{problem.task}/{problem.key}", problem.question
+        else:
+            key, question = _ask(rng, language)
+            question = casual(rng, question, language)
         return Problem(
             task=self.name,
             key=key,
-            question=casual(rng, question, language),
+            question=question,
             thought="",
             answer=sentence(language, self.options.skills),
             language=language,
@@ -90,4 +119,6 @@ def _ask(rng: random.Random, language: Language) -> tuple[str, str]:
         return f"{topic.name}/{numbers[0]}/{numbers[1]}", wording.format(*numbers)
     subject = pick(rng, topic.subjects)
     second = pick(rng, topic.seconds) if topic.seconds else ("", "")
+    while second == subject:
+        second = pick(rng, topic.seconds)
     return f"{topic.name}/{subject[0]}/{second[0]}", wording.format(subject[side], second[side])

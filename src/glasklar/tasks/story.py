@@ -58,13 +58,13 @@ ENGLISH: Final = Phrases(
         "{P} buys {k} more.", "{P} finds {k} more.", "{F} gives {q} {k}.", "{P} gets {k} from {F}.", "{P} wins {k}.",
         "Then {p} buys {k}.", "Then {p} gets {k} more.", "Later {p} finds {k}.", "{F} brings {q} {k} more.",
         "{P} receives {k}.", "{P} gets another {k}.", "{P} adds {k}.", "{F} gave {q} {k} more.", "{P} bought {k} more.",
-        "{P} picks up {k}.", "Then {k} more are added.", "{P} found {k}.", "After that {p} wins {k}.",
+        "{P} picks up {k}.", "Then {p} adds {k} more.", "{P} found {k}.", "After that {p} wins {k}.",
     ),
     minus=(
         "{P} gives {k} to {F}.", "{P} loses {k}.", "{P} sells {k}.", "{F} takes {k}.", "Then {p} gives away {k}.",
         "{P} gives {F} {k}.", "Then {p} loses {k}.", "Later {p} sells {k}.", "{P} gives away {k} of them.",
         "{P} lends {F} {k}.", "{F} gets {k} of them.", "{P} lost {k}.", "{P} gave {k} to {F}.", "{P} sold {k} of them.",
-        "{P} throws {k} away.", "Then {k} are lost.", "{F} took {k} of them.", "After that {p} gives {F} {k}.",
+        "{P} throws {k} away.", "Then {p} throws away {k}.", "{F} took {k} of them.", "After that {p} gives {F} {k}.",
     ),
     double=(
         "Then the number doubles.", "{P} gets as many again.", "{P} doubles them.", "{F} doubles them.",
@@ -105,14 +105,14 @@ GERMAN: Final = Phrases(
         "{P} kauft {k} dazu.", "{P} findet noch {k}.", "{F} gibt {q} {k} dazu.", "{P} bekommt {k} von {F}.",
         "{P} gewinnt {k}.", "Dann kauft {p} {k}.", "Dann bekommt {p} noch {k}.", "Später findet {p} {k}.",
         "{F} bringt {q} noch {k}.", "{P} erhält {k}.", "{P} bekommt {k} dazu.", "{F} schenkt {q} {k}.",
-        "{F} gab {q} noch {k}.", "{P} kaufte noch {k}.", "{P} sammelt noch {k}.", "Dann kommen {k} dazu.",
+        "{F} gab {q} noch {k}.", "{P} kaufte noch {k}.", "{P} sammelt noch {k}.", "Dann holt {p} noch {k}.",
         "{P} fand {k}.", "Danach gewinnt {p} {k}.",
     ),
     minus=(
         "{P} gibt {F} {k}.", "{P} verliert {k}.", "{P} verkauft {k}.", "{F} nimmt {k} weg.",
         "Dann verschenkt {p} {k}.", "{P} schenkt {F} {k}.", "Dann verliert {p} {k}.", "Später verkauft {p} {k}.",
         "{P} gibt {k} davon ab.", "{P} leiht {F} {k}.", "{F} bekommt {k} davon.", "{P} verlor {k}.",
-        "{P} gab {F} {k}.", "{P} verkaufte {k} davon.", "{P} wirft {k} weg.", "Dann gehen {k} verloren.",
+        "{P} gab {F} {k}.", "{P} verkaufte {k} davon.", "{P} wirft {k} weg.", "Dann wirft {p} {k} weg.",
         "{F} nahm {k} davon.", "Danach gibt {p} {F} {k}.",
     ),
     double=(

@@ -75,14 +75,14 @@ def casual(rng: random.Random, question: str, language: Language) -> str:
     if dice < 0.6:
         return question.lower()
     if dice < 0.68:
-        return question.rstrip(".?!")
+        return question.rstrip(".?! ")
     if dice < 0.76:
-        return question.lower().rstrip(".?!")
+        return question.lower().rstrip(".?! ")
     if dice < 0.86:
         return pick(rng, PREFIXES[language]) + question
     if dice < 0.94:
         return question + pick(rng, SUFFIXES[language])
-    return (pick(rng, PREFIXES[language]) + question).lower().rstrip(".?!")
+    return (pick(rng, PREFIXES[language]) + question).lower().rstrip(".?! ")
 
 
 def tidy(answer: str) -> str:
