@@ -53,7 +53,7 @@ VOWELS: Final[dict[Language, str]] = {"en": "aeiouaeiou", "de": "aeiouaeiouäö�
 ASKED: Final[dict[Language, str]] = {"en": "aeiounrstlmpbdgkfhczwvy", "de": "aeiounrstlmpbdgkfhczwväöü"}
 
 # Words of a language give few cases beyond three, so that made-up words supply most of those.
-COUNTS: Final = (0,) * 14 + (1,) * 23 + (2,) * 23 + (3,) * 22 + (4,) * 14 + (5,) * 4
+COUNTS: Final = (0,) * 16 + (1,) * 22 + (2,) * 22 + (3,) * 21 + (4,) * 14 + (5,) * 5
 
 
 class LettersOptions(TaskOptions):

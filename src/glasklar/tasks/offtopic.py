@@ -363,7 +363,7 @@ SMALL_TALK: Final[tuple[Pair, ...]] = (
     ("You are stupid.", "Du bist dumm."), ("You are great!", "Du bist toll!"), ("I am sad.", "Ich bin traurig."),
     ("I am bored.", "Mir ist langweilig."), ("I am tired.", "Ich bin müde."), ("I love you.", "Ich liebe dich."),
     ("I need a friend.", "Ich brauche einen Freund."), ("Tell me a joke.", "Erzähl mir einen Witz."),
-    ("Make me laugh.", "Bring mich zum Lachen."), ("Sing a song.", "Sing ein Lied."),
+    ("Make me laugh.", "Bring mich zum Lachen."), ("Say something.", "Sag etwas."),
     ("Tell me something.", "Erzähl mir etwas."), ("Let's talk.", "Lass uns reden."),
     ("Let's play a game.", "Lass uns etwas spielen."), ("What time is it?", "Wie spät ist es?"),
     ("What day is it?", "Welcher Tag ist heute?"), ("What is the date?", "Welches Datum ist heute?"),

@@ -20,7 +20,7 @@ from glasklar.tasks.letters import LettersTask
 from glasklar.tasks.offtopic import SMALL_TALK, TOPICS
 from glasklar.tasks.sorting import SortTask
 from glasklar.tasks.story import StoryTask
-from glasklar.tasks.wording import TaskOptions, between, casual, pick, tidy
+from glasklar.tasks.wording import TaskOptions, between, casual, pick, tidy, untidy
 
 Skill = Literal["sum", "letters", "sort", "countdown", "equation", "story"]
 
@@ -79,6 +79,9 @@ class ScopeTask(Task):
         if untaught and rng.random() < 0.06:
             problem = pick(rng, untaught).sample(rng)
             key, question = f"{problem.task}/{problem.key}", problem.question
+        elif rng.random() < 0.15:
+            pair = pick(rng, SMALL_TALK)
+            key, question = f"talk/{pair[0]}", untidy(rng, pair[_side(language)])  # a greeting needs no other
         else:
             key, question = _ask(rng, language)
             question = casual(rng, question, language)
@@ -106,14 +109,15 @@ def sentence(language: Language, skills: tuple[Skill, ...]) -> str:
     return f"Ich bin ein kleines Modell. Ich kann {listed}. Mehr kann ich nicht."
 
 
+def _side(language: Language) -> int:
+    return 0 if language == "en" else 1
+
+
 def _ask(rng: random.Random, language: Language) -> tuple[str, str]:
-    """Key and question."""
-    side = 0 if language == "en" else 1
-    if rng.random() < 0.15:
-        pair = pick(rng, SMALL_TALK)
-        return f"talk/{pair[0]}", pair[side]
+    """Key and question of a topic."""
+    side = _side(language)
     topic = pick(rng, TOPICS)
-    wording = pick(rng, topic.english if language == "en" else topic.german)
+    wording = pick(rng, topic.german if side else topic.english)
     if isinstance(topic.subjects, range):
         numbers = [between(rng, topic.subjects[0], topic.subjects[-1]) for _ in range(2)]
         return f"{topic.name}/{numbers[0]}/{numbers[1]}", wording.format(*numbers)

@@ -68,21 +68,25 @@ SUFFIXES: Final[dict[Language, tuple[str, ...]]] = {
 
 
 def casual(rng: random.Random, question: str, language: Language) -> str:
-    """Half of the questions as they are; the others as people type: lower case, no final mark, greetings, thanks."""
+    """A question with a greeting before it or thanks behind it now and then, typed more or less carefully."""
     dice = rng.random()
-    if dice < 0.5:
+    if dice < 0.14:
+        question = pick(rng, PREFIXES[language]) + question
+    elif dice < 0.22:
+        question += pick(rng, SUFFIXES[language])
+    return untidy(rng, question)
+
+
+def untidy(rng: random.Random, question: str) -> str:
+    """Two in three as they are; the others in lower case, without the final mark, or both."""
+    dice = rng.random()
+    if dice < 0.66:
         return question
-    if dice < 0.6:
+    if dice < 0.77:
         return question.lower()
-    if dice < 0.68:
-        return question.rstrip(".?! ")
-    if dice < 0.76:
-        return question.lower().rstrip(".?! ")
     if dice < 0.86:
-        return pick(rng, PREFIXES[language]) + question
-    if dice < 0.94:
-        return question + pick(rng, SUFFIXES[language])
-    return (pick(rng, PREFIXES[language]) + question).lower().rstrip(".?! ")
+        return question.rstrip(".?! ")
+    return question.lower().rstrip(".?! ")
 
 
 def tidy(answer: str) -> str:
