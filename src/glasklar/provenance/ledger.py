@@ -10,7 +10,6 @@ kept elsewhere (a signature, a git tag).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any, Literal, Self
 
 from glasklar.errors import CheckpointError
 from glasklar.provenance.files import write_all, write_atomic, writing
+from glasklar.provenance.hashing import canonical_json, sha256_hex
 
 EventName = Literal[
     "run",  # recipe, code, installed versions, machine, threads, flags
@@ -35,15 +35,6 @@ EventName = Literal[
     "repaired",  # a line that a crash had cut short was taken out
 ]
 GENESIS = "0" * 64
-
-
-def canonical_json(value: Any) -> bytes:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
-
-
-def sha256_hex(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ not in `meta`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,32 +19,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glasklar.errors import CheckpointError
 from glasklar.provenance.files import TEMPORARY, disk_error, sync, write_atomic, writing
-from glasklar.provenance.ledger import canonical_json, sha256_hex
+from glasklar.provenance.hashing import canonical_json, sha256_file, sha256_hex, tensor_hash
 
 _TENSORS = "state.safetensors"
 _META = "meta.json"
 _NAME = re.compile(r"\d{2}-[a-z]+-\d{8}")
-
-
-def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoint_name(position: int, stage: str, step: int) -> str:
@@ -72,7 +56,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
         temporary.mkdir(parents=True)
     try:
         _save_tensors(ready, temporary / _TENSORS)
-        files = {_TENSORS: file_hash(temporary / _TENSORS)}
+        files = {_TENSORS: sha256_file(temporary / _TENSORS)}
         body = {"files": files, "meta": dict(meta), "state_hash": digest}
         write_atomic(temporary / _META, canonical_json({**body, "hash": sha256_hex(canonical_json(body))}))
         with writing(folder):
@@ -89,7 +73,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     body = _read_meta(folder)
     path = folder / _TENSORS
     try:
-        if file_hash(path) != body["files"][_TENSORS]:
+        if sha256_file(path) != body["files"][_TENSORS]:
             raise _damaged(path, "its bytes are not those that were written")
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
