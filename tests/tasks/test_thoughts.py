@@ -98,7 +98,7 @@ def test_word_lists_are_words_and_include_the_famous_ones():
 
 
 def test_sharp_s_is_never_shown_as_two_letters():
-    sharp = [p for p in draw_many("letters", {"languages": ["de"]}, 6000) if p.key.startswith("ß")]
+    sharp = [p for p in draw_many("letters", {"languages": ["de"]}, 40000) if p.key.startswith("ß")]
     assert sharp
     assert not any("SS" in problem.question for problem in sharp)
 
