@@ -1,0 +1,149 @@
+"""What the verbs do, as functions on values: used by the command line and by whoever imports glasklar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from glasklar.audit.report import write_report
+from glasklar.data.chat import Message, parse, render
+from glasklar.data.procedural import Mixture
+from glasklar.data.tokenizer import Tokenizer
+from glasklar.display import QuietReporter
+from glasklar.engine.engine import Engine
+from glasklar.engine.request import SamplingParams
+from glasklar.errors import CheckpointError, RecipeError, RequestError
+from glasklar.eval.tasks import evaluate_tasks, table
+from glasklar.loading import Model, find_model
+from glasklar.model.checkpoint import read_config
+from glasklar.model.plan import Plan, StageBudget, plan_model, plan_stages
+from glasklar.model.shapes import load_hardware, load_shape, shape_names
+from glasklar.pipeline import EVALUATION_SEED, Pipeline, Reporter
+from glasklar.provenance.rundir import RunDir
+from glasklar.recipe import AnyStage, Recipe, RLStage, builtin_recipes, load_recipe, recipe_path
+from glasklar.runtime import Runtime
+from glasklar.tasks.base import Split
+
+
+def train(
+    recipe: str,
+    *,
+    runtime: Runtime,
+    home: Path,
+    run: Path | None = None,
+    seed: int | None = None,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Carries a recipe out in a run folder, or goes on where it stopped; returns the folder.
+
+    recipe   a built-in name or a path
+    seed     in place of the recipe's
+    run      default: `home`/runs/NAME
+    """
+    loaded = load_recipe(recipe)
+    if seed is not None:
+        loaded = loaded.replace(seed=seed)
+    folder = run or home / "runs" / loaded.name
+    text = recipe_path(recipe).read_text(encoding="utf-8")
+    with RunDir.create_or_open(folder, loaded.canonical(), text) as opened:
+        Pipeline(loaded, opened, runtime, reporter or QuietReporter()).execute()
+        write_report(opened)
+    return folder
+
+
+def evaluate(model: Model, *, split: str = "test", problems: int = 128, samples: int = 16) -> dict[str, Any]:
+    """Accuracy of a model on the tasks of its own recipe: {"tasks": {NAME: {"pass@1": …}}, "mean": {…}}.
+
+    Raises CheckpointError for a model that carries no recipe, RequestError for an unknown split.
+    """
+    if split not in get_args(Split):
+        raise RequestError(f"split = {split!r}: use one of {', '.join(get_args(Split))}")
+    path = model.folder / "recipe.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{model.folder}: has no recipe.json, so its tasks are unknown; evaluate a model made by glasklar"
+        )
+    recipe = Recipe.read(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+    def scores(hard: bool, modes: bool, samples: int) -> dict[str, Any]:
+        return evaluate_tasks(
+            Engine(model.network),
+            speaking(model),
+            Mixture.of(recipe.tasks, hard=hard),
+            split=cast(Split, split),
+            seed=EVALUATION_SEED,
+            problems=problems,
+            max_tokens=recipe.evaluation.max_tokens,
+            modes=modes,
+            samples=samples,
+            sampled_problems=problems,
+        )
+
+    result = {"evaluation": f"{model.name}, {split}", "split": split}
+    result |= table(scores(False, True, samples), recipe.reasoning_tasks)
+    return result | {"hard": {name: score.as_json() for name, score in scores(True, False, 0).items()}}
+
+
+def generate(
+    model: Model, prompt: str | None, prompt_ids: str | None, *, max_tokens: int, temperature: float, seed: int
+) -> dict[str, Any]:
+    """One answer: {"ids", "text", "reasoning", "logprobs", "finish"}. Exactly one of `prompt` (a user's message) and
+    `prompt_ids` ("3,17,9") must be given; text and reasoning are None for a model without a tokenizer."""
+    if (prompt is None) == (prompt_ids is None):
+        raise RequestError("give either --prompt TEXT or --prompt-ids 3,17,9")
+    if prompt_ids is not None:
+        try:
+            ids = [int(part) for part in prompt_ids.split(",")]
+        except ValueError:
+            raise RequestError(f"--prompt-ids {prompt_ids!r}: whole numbers separated by commas, please") from None
+    else:
+        ids = render(speaking(model), [Message(role="user", content=cast(str, prompt))], None)
+    stop = () if model.tokenizer is None else (model.tokenizer.eos_id,)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_ids=stop)
+    [completion] = Engine(model.network).generate([ids], params)
+    reply = None if model.tokenizer is None else parse(model.tokenizer, completion.ids, None)
+    return {
+        "ids": completion.ids,
+        "text": None if reply is None else reply.content,
+        "reasoning": None if reply is None else reply.reasoning,
+        "logprobs": completion.logprobs,
+        "finish": completion.finish,
+    }
+
+
+def speaking(model: Model) -> Tokenizer:
+    """The model's tokenizer. Raises CheckpointError where it has none."""
+    if model.tokenizer is None:
+        raise CheckpointError(f"{model.folder}: has no tokenizer.json; it can be asked with --prompt-ids only")
+    return model.tokenizer
+
+
+def plan(target: str, *, hardware: str, home: Path, tokens: float | None = None) -> Plan:
+    """What a recipe, a published shape or a model asks of a machine. `tokens`: training tokens, for shapes and models.
+
+    Raises RecipeError for unknown names, and for `tokens` beside a recipe, whose stages say it themselves.
+    """
+    device = load_hardware(hardware)
+    if target.endswith(".toml") or target in builtin_recipes():
+        if tokens is not None:
+            raise RecipeError(f"--tokens {tokens:g}: a recipe has its own budget; leave it out")
+        recipe = load_recipe(target)
+        return plan_stages(recipe.model, [budget(stage) for stage in recipe.stages], device)
+    if target in shape_names():
+        return plan_model(load_shape(target).config, device, tokens=tokens)
+    try:
+        config = read_config(find_model(target, home))
+    except CheckpointError as error:
+        known = ", ".join([*builtin_recipes(), *shape_names()])
+        raise RecipeError(f"{target!r} is no recipe, shape or model; built in: {known}. {error}") from None
+    return plan_model(config, device, tokens=tokens)
+
+
+def budget(stage: AnyStage) -> StageBudget:
+    """Tokens of a stage: trained ones; for RL the longest that its answers may get."""
+    if isinstance(stage, RLStage):
+        rollout = stage.rollout
+        made = stage.steps * rollout.rounds * rollout.prompts * rollout.samples * rollout.max_tokens
+        return StageBudget(stage.kind, made, "rl")
+    return StageBudget(stage.kind, stage.steps * stage.rows * stage.length, stage.kind)

@@ -1,0 +1,197 @@
+"""The verbs. Human output goes to the terminal, JSON to stdout, logs to stderr; exit code 2: the caller's mistake, 1: ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from glasklar.errors import GlasklarError
+from glasklar.runtime import Runtime, prepare, start
+
+app = typer.Typer(
+    name="glasklar",
+    help="An open, frugal and checkable language-model system: train, run and check on the machine you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores, or $GLASKLAR_THREADS")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A run, a Hugging Face folder, or the name of a run")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port on the loopback address; 0 takes a free one")]
+
+
+@app.command()
+def up(
+    port: Port = 8421,
+    recipe: Annotated[str, typer.Option(help="What to make, if it is not there yet")] = "spark",
+    threads: Threads = None,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser")] = True,
+) -> None:
+    """Make `spark` if it is not there yet, with its live page open, then serve it."""
+    from glasklar.recipe import load_recipe
+    from glasklar.serve.live import LiveServer
+
+    runtime = _runtime(threads)
+    loaded = load_recipe(recipe)
+    folder = _home() / "runs" / loaded.name
+    with LiveServer(folder, port=port) as server:
+        out.print(f"[bold]glasklar[/] · {server.url}")
+        if open_page and sys.stdout.isatty():
+            webbrowser.open(server.url)
+        if not (folder / "model" / "config.json").is_file():
+            _train(recipe, folder, runtime)
+        server.release(_load(str(folder), runtime))
+        out.print(f"[bold green]ready[/] · {server.url} · API: {server.url}/v1 · Ctrl-C stops")
+        server.wait()
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe by name, or a TOML file by path")],
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder; default: in $GLASKLAR_HOME, by the recipe's name")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed")] = None,
+    threads: Threads = None,
+) -> None:
+    """Carry a recipe out, or go on with a run that was stopped."""
+    _train(recipe, run, _runtime(threads), seed)
+
+
+def _train(name: str, run: Path | None, runtime: Runtime, seed: int | None = None) -> None:
+    from glasklar.api import train as carry_out
+    from glasklar.display import TerminalReporter
+
+    try:
+        with TerminalReporter(err) as reporter:
+            folder = carry_out(name, run=run, runtime=runtime, seed=seed, reporter=reporter, home=_home())
+    except KeyboardInterrupt:
+        again = (
+            f"glasklar train {name}"
+            + (f" --run {run}" if run else "")
+            + (f" --seed {seed}" if seed is not None else "")
+        )
+        err.print(f"\nstopped; nothing is lost since the last checkpoint. Go on with: [bold]{again}[/]")
+        raise typer.Exit(130) from None
+    err.print(f"model: {folder / 'model'}\nreport: {folder / 'report.html'}")
+
+
+@app.command()
+def chat(model: ModelName = "spark", threads: Threads = None) -> None:
+    """Talk to a model in the terminal."""
+    from glasklar.terminal import converse
+
+    converse(_load(model, _runtime(threads)))
+
+
+@app.command()
+def serve(model: ModelName, port: Port = 8421, host: str = "127.0.0.1", threads: Threads = None) -> None:
+    """Serve a model: OpenAI-compatible API and a page."""
+    from glasklar.serve.app import serve as run_server
+
+    run_server(_load(model, _runtime(threads)), host=host, port=port)
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompt: Annotated[str | None, typer.Option(help="A user's message")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="Token ids, comma-separated, instead of a message")] = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    as_json: AsJson = False,
+    threads: Threads = None,
+) -> None:
+    """Answer one prompt, for scripts."""
+    from glasklar.api import generate as answer
+
+    result = answer(
+        _load(model, _runtime(threads)), prompt, prompt_ids, max_tokens=max_tokens, temperature=temperature, seed=seed
+    )
+    _print(result, as_json, result["text"] if result["text"] is not None else str(result["ids"]))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelName,
+    split: Annotated[str, typer.Option(help="test, valid or train")] = "test",
+    problems: Annotated[int, typer.Option(min=1)] = 128,
+    samples: Annotated[int, typer.Option(min=1)] = 16,
+    as_json: AsJson = False,
+    threads: Threads = None,
+) -> None:
+    """Measure a model on its own tasks, on problems it was not trained on."""
+    from glasklar.api import evaluate as measure
+    from glasklar.display import evaluation_table
+
+    result = measure(_load(model, _runtime(threads)), split=split, problems=problems, samples=samples)
+    _print(result, as_json, evaluation_table(result))
+
+
+@app.command()
+def plan(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|SHAPE|MODEL", help="A recipe, a published shape, a model folder")
+    ],
+    hardware: Annotated[str, typer.Option(help="An entry of the hardware table")] = "cpu-2-cores",
+    tokens: Annotated[float | None, typer.Option(help="Training tokens, for a shape")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, memory, hours, energy and cost before anything runs."""
+    from glasklar.api import plan as make_plan
+    from glasklar.display import plan_table
+
+    result = make_plan(target, hardware=hardware, tokens=tokens, home=_home())
+    _print(result.model_dump(mode="json"), as_json, plan_table(result))
+
+
+def _print(result: dict[str, Any], as_json: bool, human: Any) -> None:
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        out.print(human)
+
+
+def _runtime(threads: int | None) -> Runtime:
+    return start(prepare(threads))
+
+
+def _home() -> Path:
+    from glasklar.provenance.rundir import home
+
+    return home(os.environ)
+
+
+def _load(name: str, runtime: Runtime) -> Any:
+    from glasklar.loading import find_model, load
+
+    return load(find_model(name, _home()), runtime)
+
+
+def main() -> None:
+    """Entry point: maps errors to exit codes."""
+    logging.basicConfig(level=os.environ.get("GLASKLAR_LOG", "WARNING").upper(), stream=sys.stderr)
+    try:
+        app(standalone_mode=False)
+    except GlasklarError as error:
+        err.print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:  # typer's usage errors carry their own text and exit code 2
+        if hasattr(error, "format_message"):
+            err.print(f"[bold red]error[/] {error.format_message()}", highlight=False)
+            sys.exit(2)
+        raise

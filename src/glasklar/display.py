@@ -1,0 +1,102 @@
+"""A run in the terminal: one line a stage with loss, speed, accuracy and time left; news above it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+NAMES = {"pretrain": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement", "distil": "Distillation"}
+
+
+class TerminalReporter:
+    """Implements `pipeline.Reporter` on a rich console; use it as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("[bold]{task.description:<13}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=console,
+            transient=False,
+        )
+        self.task: TaskID | None = None
+        self.accuracy: float | None = None
+
+    def __enter__(self) -> TerminalReporter:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def stage(self, name: str, step: int, of: int) -> None:
+        self.task = self.progress.add_task(NAMES.get(name, name), total=of, completed=step, news="")
+
+    def step(self, line: dict[str, Any]) -> None:
+        assert self.task is not None
+        parts = [f"{minutes(line['seconds_left'])} left", f"{line['tokens_per_second'] / 1000:.1f}k tok/s"]
+        if line["stage"] == "rl":
+            parts.insert(
+                0, f"right {line['correct']:.0%} · thinks {line['thinking_share']:.0%} · {line['length']:.0f} tokens"
+            )
+            if self.accuracy is not None:
+                parts.insert(0, f"[green]unseen {self.accuracy:.0%}[/]")
+        else:
+            parts.insert(0, f"loss {line['loss']:.3f}")
+        self.progress.update(self.task, completed=line["step"], news=" · ".join(parts))
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        if "mean" in line:
+            self.accuracy = line["mean"]["greedy"]
+        if line["evaluation"] != "rl step":
+            self.progress.console.print(evaluation_table(line))
+
+    def note(self, text: str) -> None:
+        self.progress.console.print(f"[dim]· {text}[/]")
+
+
+class QuietReporter:
+    """News of a run that nobody watches."""
+
+    def stage(self, name: str, step: int, of: int) -> None:
+        """Nothing to do."""
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+    def note(self, text: str) -> None:
+        """Nothing to do."""
+
+
+def evaluation_table(line: dict[str, Any]) -> Table:
+    """Accuracy on unseen problems, a row a task, the mean last."""
+    if "tasks" not in line:
+        table = Table("measure", "value", title=line["evaluation"], title_justify="left")
+        table.add_row("bits per byte, held-out documents", f"{line['bits_per_byte']:.3f}")
+        return table
+    columns = ["greedy", "thinking", "direct", "pass@1", "pass@16"]
+    table = Table("unseen problems", *columns, "hard", "tokens", title=line["evaluation"], title_justify="left")
+    hard = line.get("hard", {})
+    for name, scores in line["tasks"].items():
+        table.add_row(
+            name, *_shares(scores, columns), *_shares(hard.get(name, {}), ["greedy"]), f"{scores['length']:.0f}"
+        )
+    mean = line["mean"]
+    table.add_row("mean", *_shares(mean, columns), "", f"{mean['length']:.0f}", style="bold")
+    return table
+
+
+def _shares(scores: dict[str, Any], columns: list[str]) -> list[str]:
+    return [f"{scores[column]:.0%}" if column in scores else "–" for column in columns]
+
+
+def minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

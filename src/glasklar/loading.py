@@ -1,0 +1,85 @@
+"""From what a person calls a model to a network with its tokenizer: a run, a Hugging Face folder, or a built-in name."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glasklar.data.tokenizer import Tokenizer
+from glasklar.errors import CheckpointError
+from glasklar.model.attention import document_mask
+from glasklar.model.checkpoint import load_model
+from glasklar.model.config import ModelConfig
+from glasklar.model.transformer import Transformer
+from glasklar.ops.select import select
+from glasklar.runtime import Runtime
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A network ready to answer. `tokenizer` is None for a folder that has none: such a model speaks ids only."""
+
+    network: Transformer
+    tokenizer: Tokenizer | None
+    folder: Path
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    @property
+    def name(self) -> str:
+        """What the API calls it: the run's or the folder's name."""
+        return self.folder.parent.name if self.folder.name == "model" else self.folder.name
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor | list[int]) -> Tensor:
+        """Logits [B, T, W] (or [T, W] for one sequence) in fp32; no padding, positions from 0."""
+        ids_BT = torch.as_tensor(ids, device=self.network.head_WD.device)
+        single = ids_BT.ndim == 1
+        ids_BT = ids_BT[None] if single else ids_BT
+        position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        at = self.network.at(position_BT, document_mask(torch.zeros_like(ids_BT), self.network.dtype))
+        logits_BTW = self.network.logits(self.network(ids_BT, at).hidden_BTD).float()
+        return logits_BTW[0] if single else logits_BTW
+
+
+def find_model(name: str, home: Path) -> Path:
+    """The Hugging Face folder behind a name. Raises CheckpointError saying where it was looked for.
+
+    name    a run folder (its released model), a folder with a config.json, or the name of a run under `home`
+    """
+    for folder in (Path(name), home / "runs" / name):
+        for candidate in (folder / "model", folder):
+            if (candidate / "config.json").is_file():
+                return candidate
+        if (folder / "recipe.json").is_file():
+            raise CheckpointError(
+                f"{folder}: this run has released no model yet; go on with: glasklar train {folder / 'recipe.toml'} --run {folder}"
+            )
+    runs = home / "runs"
+    known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"runs there: {', '.join(known) or 'none; make one with: glasklar up'}"
+    )
+    raise CheckpointError(f"no model {name!r}: neither a folder with a config.json nor a run in {runs}; {hint}")
+
+
+def load(folder: Path | str, runtime: Runtime, dtype: str | None = None) -> Model:
+    """Loads network and tokenizer of a Hugging Face folder; `dtype` "float32" or "bfloat16" (default: the runtime's)."""
+    folder = Path(folder)
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
+    wanted = DTYPES[dtype] if dtype else runtime.dtype
+    network = load_model(folder, dtype=wanted, ops=select(runtime), device=runtime.device)
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    return Model(network=network.requires_grad_(False), tokenizer=tokenizer, folder=folder)

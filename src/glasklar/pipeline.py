@@ -1,0 +1,329 @@
+"""Carries a recipe out in a run folder: corpus, stages, checkpoints, evaluations, the released model. Resumes where it
+stopped. Everything that happens goes into the ledger; what a person watches goes to a `Reporter`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from glasklar.corpus import Corpus, demonstration_tokens, prepare
+from glasklar.data.batches import PackedDocuments, Packer
+from glasklar.data.procedural import Mixture
+from glasklar.engine.engine import Engine
+from glasklar.errors import GlasklarError
+from glasklar.eval.answers import ask
+from glasklar.eval.network import expert_load, second_token_acceptance
+from glasklar.eval.tasks import Scores, evaluate_tasks, mean, table
+from glasklar.eval.text import bits_per_byte
+from glasklar.model.checkpoint import save_model
+from glasklar.model.init import build, initialise
+from glasklar.model.transformer import Transformer
+from glasklar.ops.select import select
+from glasklar.provenance.energy import EnergyMeter
+from glasklar.provenance.environment import describe_environment
+from glasklar.provenance.hashing import sha256_file
+from glasklar.provenance.metrics import START
+from glasklar.provenance.rundir import RunDir
+from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
+from glasklar.runtime import Runtime
+from glasklar.segment import Segment
+from glasklar.stages import LanguageRunner, PolicyRunner, Runner
+from glasklar.tasks.base import Split
+from glasklar.train.optim import Optimizer, make_optimizer
+from glasklar.train.state import checkpoint_name, latest, load_state, prune, save_state, saved_hash
+
+# Seeds of evaluations differ from those of training only for clarity: problems are kept apart by their split.
+EVALUATION_SEED = 7
+KEPT_CHECKPOINTS = 2
+AnyStage = PretrainStage | SFTStage | RLStage
+
+
+class Reporter(Protocol):
+    """Where news of a run goes. The pipeline knows no terminal."""
+
+    def stage(self, name: str, step: int, of: int) -> None: ...
+
+    def step(self, line: dict[str, Any]) -> None: ...
+
+    def evaluation(self, line: dict[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Position:
+    """Where a run stands; all of it goes into a checkpoint's meta.
+
+    stage, step   the next step to do
+    tokens        trained or sampled so far, over all stages
+    """
+
+    stage: int = 0
+    step: int = 0
+    tokens: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+
+class Pipeline:
+    """One run of one recipe. `execute` does what is left to do; it may be called on a finished run."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, runtime: Runtime, reporter: Reporter) -> None:
+        self.recipe, self.run, self.runtime, self.reporter = recipe, run, runtime, reporter
+        self.position = Position()
+        self.model = build(recipe.model, select(runtime), device=runtime.device, dtype=runtime.dtype)
+        self.optimizer: Optimizer | None = None
+        self.corpus: Corpus
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+
+    def execute(self) -> None:
+        """Runs all stages that are left and releases the model. Errors are recorded in the ledger and raised."""
+        if self.run.ledger.of("released"):
+            self.reporter.note("this run is complete")
+            return
+        try:
+            self._open()
+            for index in range(self.position.stage, len(self.recipe.stages)):
+                self._stage(index)
+            self._release()
+        except GlasklarError as error:
+            self.run.ledger.append("failed", {"error": str(error), "position": asdict(self.position)})
+            raise
+
+    # --- beginning and going on -----------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        ledger = self.run.ledger
+        newest = latest(self.run.checkpoints, {event.data["state_hash"] for event in ledger.of("checkpoint")})
+        if not ledger.of("run"):
+            environment = describe_environment()
+            ledger.append(
+                "run",
+                {
+                    "recipe": self.recipe.hash,
+                    "seed": self.recipe.seed,
+                    "machine": self.runtime.describe(),
+                    **environment,
+                },
+            )
+        elif newest is not None or self.run.ledger.of("checkpoint"):
+            ledger.append(
+                "resumed", {"checkpoint": newest.name if newest else None, "machine": self.runtime.describe()}
+            )
+        self.reporter.note("reading the sources, training the tokenizer")
+        self.corpus = prepare(self.recipe, self.run.path / "data")
+        if not ledger.of("data"):
+            ledger.append("data", self.corpus.facts)
+            ledger.append(
+                "tokenizer", {"hash": self.corpus.tokenizer.hash, "vocab_size": self.corpus.tokenizer.vocab_size}
+            )
+        initialise(self.model, self.recipe.seed)
+        if newest is None:
+            self.run.metrics.cut(START)
+        else:
+            self._restore(newest)
+
+    def _restore(self, folder: Path) -> None:
+        tensors, meta = load_state(folder)
+        self.position = Position(**meta["position"])
+        self.optimizer = make_optimizer(self.model, self.recipe.stages[meta["made_by"]].optimizer)
+        restore(self.model, self.optimizer, tensors)
+        digest = saved_hash(folder)
+        event = next(e for e in reversed(self.run.ledger.of("checkpoint")) if e.data["state_hash"] == digest)
+        self.run.metrics.cut(event.data["metrics"])
+        self.seconds_before = event.data["seconds_total"]
+        self.reporter.note(f"going on from {folder.name}")
+
+    # --- stages ---------------------------------------------------------------------------------------------------
+
+    def _stage(self, index: int) -> None:
+        stage, position = self.recipe.stages[index], self.position
+        self.reporter.stage(stage.kind, position.step, stage.steps)
+        if position.step == 0:
+            if isinstance(stage, RLStage) and not self._ready(stage):
+                position.skipped.append(stage.kind)
+                position.stage = index + 1
+                return
+            self._new_optimizer(stage)
+        runner = self._runner(index, stage)
+        segment = self._segment(stage)
+        for step in range(position.step, stage.steps):
+            figures = runner.step(step)
+            position.step, position.tokens = step + 1, position.tokens + figures["tokens"]
+            self._report(segment.line(step + 1, position.tokens, figures, self.seconds))
+            done = step + 1 == stage.steps
+            if isinstance(stage, RLStage) and (done or (step + 1) % stage.evaluate_every == 0):
+                self._watch(step + 1)
+            if done:
+                position.stage, position.step = index + 1, 0
+            if done or (step + 1) % stage.checkpoint_every == 0:
+                self._checkpoint(index, step + 1, segment)
+                segment = self._segment(stage)
+        self._evaluate(index)
+
+    def _new_optimizer(self, stage: AnyStage) -> None:
+        """A stage begins with fresh moments; the fp32 masters go on from the stage before."""
+        before = self.optimizer
+        self.optimizer = make_optimizer(self.model, stage.optimizer)
+        if before is not None:
+            masters = {weight.name: weight.master for weight in before.weights}
+            for weight in self.optimizer.weights:
+                weight.master.copy_(masters[weight.name])
+
+    def _runner(self, index: int, stage: AnyStage) -> Runner:
+        assert self.optimizer is not None
+        tokenizer, seed = self.corpus.tokenizer, self.recipe.seed * 1000 + index
+        if isinstance(stage, RLStage):
+            reference = self._model_before(index) if stage.rollout.policy.kl_weight else None
+            engine, mixture = Engine(self.model), Mixture.of(self.recipe.tasks)
+            return PolicyRunner(stage, self.model, self.optimizer, engine, tokenizer, mixture, seed, reference)
+        documents = self.corpus.train
+        if isinstance(stage, SFTStage):
+            documents = PackedDocuments.of(list(demonstration_tokens(self.recipe, stage, tokenizer)))
+        packer = Packer(documents, rows=stage.rows, length=stage.length, seed=seed)
+        return LanguageRunner(stage, self.model, self.optimizer, packer, self.runtime.device)
+
+    def _model_before(self, index: int) -> Transformer:
+        """The model as a stage found it: the reference of its KL penalty."""
+        model = build(self.recipe.model, self.model.ops, device=self.runtime.device, dtype=self.runtime.dtype)
+        model.load_state_dict(self.model.state_dict())
+        if self.position.step:
+            before = self.recipe.stages[index - 1]
+            folder = self.run.checkpoints / checkpoint_name(index - 1, before.kind, before.steps)
+            tensors, _ = load_state(folder)
+            restore(model, make_optimizer(model, before.optimizer), tensors)
+        return model.requires_grad_(False)
+
+    def _ready(self, stage: RLStage) -> bool:
+        """Whether thinking is right often enough, and clearly better than answering at once, for RL to amplify it."""
+        self.reporter.note("is the model ready for reinforcement? asking with and without thinking")
+        wanted = stage.readiness
+        scores = self._scores("valid", wanted.problems, modes=True)
+        names = self.recipe.reasoning_tasks
+        thinking, direct = mean(scores, "thinking", names), mean(scores, "direct", names)
+        ready = thinking >= wanted.accuracy and thinking - direct >= wanted.margin
+        data = {"thinking": thinking, "direct": direct, "ready": ready, "wanted": wanted.model_dump()}
+        self.run.ledger.append("readiness", data)
+        verdict = (
+            "RL begins"
+            if ready
+            else f"RL is left out: it needs thinking >= {wanted.accuracy:.0%} and {wanted.margin:.0%} "
+            "above direct answers; pretrain longer or make the tasks easier"
+        )
+        self.reporter.note(f"right with thinking {thinking:.0%}, without {direct:.0%}: {verdict}")
+        return ready
+
+    # --- what is recorded -----------------------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the whole run so far, earlier processes included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _segment(self, stage: AnyStage) -> Segment:
+        return Segment(stage, self.recipe, EnergyMeter().start())
+
+    def _report(self, line: dict[str, Any]) -> None:
+        self.run.metrics.append(line)
+        self.reporter.step(line)
+
+    def _checkpoint(self, index: int, step: int, segment: Segment) -> None:
+        assert self.optimizer is not None
+        tensors = self.optimizer.state_tensors()
+        tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
+        meta = {"recipe": self.recipe.hash, "made_by": index, "position": asdict(self.position)}
+        stage = self.recipe.stages[index]
+        folder = self.run.checkpoints / checkpoint_name(index, stage.kind, step)
+        digest = save_state(folder, tensors, meta)
+        data = segment.close(step, digest, self.run.metrics.mark())
+        self.run.ledger.append("checkpoint", {**data, "seconds_total": self.seconds})
+        prune(self.run.checkpoints, KEPT_CHECKPOINTS)
+
+    # --- evaluations ----------------------------------------------------------------------------------------------
+
+    def _scores(
+        self, split: Split, problems: int, *, names: Sequence[str] = (), hard: bool = False, **more: Any
+    ) -> dict[str, Scores]:
+        entries = [e for e in self.recipe.tasks if e.name in (names or [t.name for t in self.recipe.tasks])]
+        return evaluate_tasks(
+            Engine(self.model),
+            self.corpus.tokenizer,
+            Mixture.of(entries, hard=hard),
+            split=split,
+            seed=EVALUATION_SEED,
+            problems=problems,
+            max_tokens=self.recipe.evaluation.max_tokens,
+            **more,
+        )
+
+    def _watch(self, step: int) -> None:
+        """Greedy accuracy on validation problems while RL runs."""
+        scores = self._scores("valid", self.recipe.evaluation.watched_problems, names=self.recipe.reasoning_tasks)
+        self._record(
+            {"evaluation": "rl step", "split": "valid", "step": step, **table(scores, self.recipe.reasoning_tasks)},
+            in_ledger=False,
+        )
+
+    def _evaluate(self, index: int) -> None:
+        """After a stage: bits per byte on held-out documents; after SFT and RL also the tasks, easy and hard."""
+        stage, settings = self.recipe.stages[index], self.recipe.evaluation
+        line: dict[str, Any] = {"evaluation": f"after {stage.kind}", "split": "test", "step": stage.steps}
+        if self.corpus.held_out and isinstance(stage, PretrainStage):
+            self.reporter.note("measuring bits per byte on held-out documents")
+            line["bits_per_byte"] = bits_per_byte(
+                self.model, self.corpus.tokenizer, self.corpus.held_out, length=stage.length,
+                max_bytes=settings.held_out_bytes,
+            )  # fmt: skip
+        elif isinstance(stage, SFTStage | RLStage):
+            self.reporter.note("evaluating on unseen problems")
+            sampling = {"samples": settings.samples, "sampled_problems": settings.sampled_problems}
+            scores = self._scores("test", settings.problems, modes=True, **sampling)
+            line |= table(scores, self.recipe.reasoning_tasks)
+            line["hard"] = {n: s.as_json() for n, s in self._scores("test", settings.problems, hard=True).items()}
+            line |= self._network()
+        else:
+            return
+        self._record(line, in_ledger=True)
+
+    def _network(self) -> dict[str, Any]:
+        """Acceptance of drafted second tokens and load of the experts, on greedy answers to test problems."""
+        mixture = Mixture.of(self.recipe.tasks)
+        problems = [mixture.draw("test", EVALUATION_SEED, i) for i in range(self.recipe.evaluation.problems)]
+        answers = ask(Engine(self.model), self.corpus.tokenizer, problems, max_tokens=self.recipe.evaluation.max_tokens)
+        length = max(len(a.prompt) + len(a.completion.ids) for a in answers)
+        found: dict[str, Any] = {}
+        if len(self.model.mtp):
+            found["second_token_acceptance"] = second_token_acceptance(
+                self.model, self.corpus.tokenizer, answers, length=length
+            )
+        if self.recipe.model.is_moe:
+            found["load_max_mean"] = expert_load(self.model, self.corpus.tokenizer, answers, length=length)
+        return found
+
+    def _record(self, line: dict[str, Any], *, in_ledger: bool) -> None:
+        line = {**line, "tokens": self.position.tokens, "seconds": self.seconds}
+        self.run.metrics.append(line)
+        if in_ledger:
+            self.run.ledger.append("evaluation", line)
+        self.reporter.evaluation(line)
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        extra = {"recipe.json": self.recipe.canonical().encode(), **self.corpus.tokenizer.files()}
+        save_model(self.model, self.run.model, extra=extra)
+        files = {path.name: sha256_file(path) for path in sorted(self.run.model.iterdir())}
+        self.run.ledger.append("released", {"files": files, "skipped": self.position.skipped, "seconds": self.seconds})
+
+
+def restore(model: Transformer, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts a checkpoint's tensors back into a model and its optimiser."""
+    optimizer.load_state_tensors({n: t for n, t in tensors.items() if not n.startswith("buffer.")})
+    for name, buffer in model.named_buffers():
+        buffer.copy_(tensors[f"buffer.{name}"])

@@ -1,0 +1,62 @@
+"""The stretch between two checkpoints: what the terminal, the metrics and the ledger say of its time, work and energy."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from glasklar.model.cost import decode_flops_per_token, training_flops_per_token
+from glasklar.provenance.energy import EnergyMeter
+from glasklar.provenance.ledger import checkpoint_data
+from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
+
+SMOOTHING = 0.9
+
+
+class Segment:
+    """Counts tokens, FLOPs, seconds and energy of the steps done since it was opened."""
+
+    def __init__(self, stage: PretrainStage | SFTStage | RLStage, recipe: Recipe, meter: EnergyMeter) -> None:
+        self.stage, self.recipe, self.meter = stage, recipe, meter
+        self.began = self.before = time.monotonic()
+        self.flops = 0.0
+        self.step_seconds: float | None = None
+        self.last: dict[str, Any] = {}
+        length = stage.rollout.length if isinstance(stage, RLStage) else stage.length
+        self.train_flops = training_flops_per_token(recipe.model, context=length)
+        self.decode_flops = decode_flops_per_token(recipe.model, context=length // 2)
+
+    def line(self, step: int, tokens: int, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The metrics line of a step just done; `tokens` and `seconds` count from the beginning of the run."""
+        now = time.monotonic()
+        took, self.before = now - self.before, now
+        old = self.step_seconds
+        self.step_seconds = took if old is None else SMOOTHING * old + (1 - SMOOTHING) * took
+        sampled = figures.get("sampled_tokens", 0)
+        self.flops += self.train_flops * figures["tokens"] + self.decode_flops * sampled
+        self.last = figures or self.last
+        return {
+            "stage": self.stage.kind,
+            "step": step,
+            "of": self.stage.steps,
+            **figures,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round((figures["tokens"] + sampled) / took, 1),
+            "seconds_left": round((self.stage.steps - step) * self.step_seconds, 1),
+            "lr": self.stage.optimizer.lr * self.stage.schedule.factor(step - 1, self.stage.steps),
+        }
+
+    def close(self, step: int, state_hash: str, mark: Any) -> dict[str, Any]:
+        """Data of the checkpoint event that ends the segment."""
+        return checkpoint_data(
+            stage=self.stage.kind,
+            step=step,
+            state_hash=state_hash,
+            loss=self.last.get("loss", 0.0),
+            gradient_norm=self.last.get("gradient_norm", 0.0),
+            flops=self.flops,
+            seconds=time.monotonic() - self.began,
+            energy=self.meter.stop().record(),
+            metrics=mark,
+        )
