@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from glasklar.errors import CapacityError, CheckpointError
 
@@ -65,6 +70,33 @@ def write_atomic(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file and syncs it. Not atomic: for a folder that appears as a whole. Errors as above."""
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        # The library gives the errno only within its message: "… (os error 28)".
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        raise disk_error(int(found[1]) if found else None, path) from error
+    with writing(path):
+        sync(path)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """A rename replaces no folder that has content; the old one goes first. Raises OSError."""
+    if folder.exists():
+        remove_folder(folder)
+    os.rename(new, folder)
+    sync(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Out of sight in one step, then deleted: a kill in between leaves no half folder under a valid name."""
+    gone = folder.with_name(f"{TEMPORARY}old-{os.getpid()}-{folder.name}")
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
 
 
 def sync(path: Path) -> None:

@@ -20,11 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from glasklar.errors import CheckpointError
-from glasklar.provenance.files import TEMPORARY, disk_error, sync, write_atomic, writing
+from glasklar.provenance.files import (
+    TEMPORARY,
+    remove_folder,
+    replace_folder,
+    sync,
+    write_atomic,
+    write_tensors,
+    writing,
+)
 from glasklar.provenance.hashing import canonical_json, sha256_file, sha256_hex, tensor_hash
 
 _TENSORS = "state.safetensors"
@@ -55,13 +63,13 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     try:
-        _save_tensors(ready, temporary / _TENSORS)
+        write_tensors(temporary / _TENSORS, ready)
         files = {_TENSORS: sha256_file(temporary / _TENSORS)}
         body = {"files": files, "meta": dict(meta), "state_hash": digest}
         write_atomic(temporary / _META, canonical_json({**body, "hash": sha256_hex(canonical_json(body))}))
         with writing(folder):
             sync(temporary)
-            _replace_folder(temporary, folder)
+            replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -103,7 +111,7 @@ def prune(checkpoints: Path, keep: int) -> list[Path]:
     removed = [folder for folder in folders[: max(0, len(folders) - keep)] if folder not in ends]
     for folder in removed:
         with writing(folder):
-            _remove_folder(folder)
+            remove_folder(folder)
     return removed
 
 
@@ -111,32 +119,6 @@ def _list(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     return sorted(path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name))
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        # The library gives the errno only within its message: "… (os error 28)".
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        raise disk_error(int(found[1]) if found else None, path) from error
-    with writing(path):
-        sync(path)
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    """A rename replaces no folder that has content; an older one of the same step goes first."""
-    if folder.exists():
-        _remove_folder(folder)
-    os.rename(new, folder)
-    sync(folder.parent)
-
-
-def _remove_folder(folder: Path) -> None:
-    """Out of sight in one step, then deleted: a kill in between leaves no half checkpoint under a valid name."""
-    gone = folder.with_name(f"{TEMPORARY}old-{os.getpid()}-{folder.name}")
-    os.rename(folder, gone)
-    shutil.rmtree(gone)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

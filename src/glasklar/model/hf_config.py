@@ -1,0 +1,285 @@
+"""`config.json` of a Hugging Face folder <-> `ModelConfig`.
+
+A key that could change what the network computes is either understood or refused; nothing is guessed and no code named
+by a configuration (`auto_map`) is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glasklar.errors import CheckpointError, RecipeError
+from glasklar.model.config import ModelConfig
+
+MAX_JSON_BYTES = 64 << 20  # the index of DeepSeek-V3 has 9 MB
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_COMMON = (*_SIZES, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range")
+_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "attention_bias")
+_GATE = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "first_k_dense_replace")
+_EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", *_GATE)
+_DEEPSEEK = (*_COMMON, *_LATENT, *_EXPERTS, "scoring_func", "num_nextn_predict_layers", "rope_interleave")
+_GROUPED = (*_COMMON, "num_key_value_heads", "head_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a `model_type` stands for.
+
+    fields      keys that are fields of ModelConfig
+    implied     fields that the type itself decides
+    only        keys that are accepted with these values alone
+    """
+
+    architecture: str
+    fields: tuple[str, ...]
+    implied: dict[str, Any]
+    only: dict[str, tuple[Any, ...]]
+
+
+FAMILIES = {
+    "deepseek_v3": Family(
+        architecture="DeepseekV3ForCausalLM",
+        fields=_DEEPSEEK,
+        implied={"scoring_func": "sigmoid"},
+        only={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
+    ),
+    "deepseek_v2": Family(
+        architecture="DeepseekV2ForCausalLM",
+        fields=_DEEPSEEK,
+        implied={"scoring_func": "softmax"},
+        only={
+            "scoring_func": ("softmax",),
+            "topk_method": ("greedy", "group_limited_greedy"),
+            "norm_topk_prob": (False,),
+            "rope_interleave": (True,),
+            "moe_layer_freq": (1,),
+            "mlp_bias": (False,),
+        },
+    ),
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        fields=_GROUPED,
+        implied={"rope_interleave": False},
+        only={"attention_bias": (False,), "mlp_bias": (False,)},
+    ),
+    # Llama with biases on queries, keys and values.
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        fields=_GROUPED,
+        implied={"rope_interleave": False, "attention_bias": True},
+        only={"use_sliding_window": (False,), "layer_types": ()},
+    ),
+}
+
+_ONLY = {
+    "hidden_act": ("silu",),
+    "partial_rotary_factor": (1, 1.0),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "quantization_config": (),
+}
+# No influence on the logits of a finished model, or derived from other keys.
+_IGNORED = frozenset(
+    {
+        *("_name_or_path", "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version"),
+        *(
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "use_cache",
+            "attention_dropout",
+            "aux_loss_alpha",
+            "seq_aux",
+        ),
+        *("router_aux_loss_coef", "ep_size", "pretraining_tp", "output_router_logits", "output_attentions"),
+        *("output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
+        *("qk_head_dim", "head_dim", "num_key_value_heads", "sliding_window", "max_window_layers"),
+    }
+)
+_ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+_YARN = (
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file of limited size. Raises CheckpointError; keys that occur twice are refused."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path}: larger than {MAX_JSON_BYTES >> 20} MB; not a file of a model, fetch it again"
+            )
+        return parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from None
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise ValueError(f"the key {twice[:80]!r} occurs twice")
+        return table
+
+    try:
+        table = json.loads(content, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; fetch the file again")
+    return table
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a Hugging Face folder. Raises CheckpointError naming the key and what to do."""
+    path = folder / "config.json"
+    table = read_json(path)
+    kind = table.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise CheckpointError(f"{path}: model_type = {kind!r} is unknown; known are {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    if "num_mtp_layers" in table:  # how transformers writes it
+        table.setdefault("num_nextn_predict_layers", table.pop("num_mtp_layers"))
+    _check_keys(table, family, path)
+    given = {name: table[name] for name in family.fields if table.get(name) is not None}
+    fields = {**family.implied, **given, **_rope(table, path)}
+    fields = _experts(fields, table, path) if kind.startswith("deepseek") else _grouped(fields)
+    if fields.get("max_position_embeddings") is None or fields.get("rms_norm_eps") is None:
+        raise CheckpointError(f"{path}: max_position_embeddings or rms_norm_eps is missing; add it")
+    try:
+        return ModelConfig.read(fields, str(path))
+    except RecipeError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _check_keys(table: dict[str, Any], family: Family, path: Path) -> None:
+    only = {**_ONLY, **family.only}
+    for key, value in table.items():
+        if key in only:
+            if value is not None and value not in only[key] and not _harmless(key, value):
+                wanted = " or ".join(map(repr, only[key])) or "nothing"
+                raise CheckpointError(f"{path}: {key} = {str(value)[:80]!r} is not supported, only {wanted}")
+        elif key not in family.fields and key not in _IGNORED and key not in _ROPE:
+            raise CheckpointError(
+                f"{path}: {key[:80]!r} is unknown and may change what the model computes; remove it if it does not"
+            )
+
+
+def _harmless(key: str, value: Any) -> bool:
+    """Qwen lists a kind of attention for each layer."""
+    return key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value)
+
+
+def _experts(fields: dict[str, Any], table: dict[str, Any], path: Path) -> dict[str, Any]:
+    if "kv_lora_rank" not in fields:
+        raise CheckpointError(f"{path}: kv_lora_rank is missing; add it")
+    if "n_routed_experts" not in fields:
+        return {name: value for name, value in fields.items() if name not in _EXPERTS}
+    if table.get("topk_method") == "greedy":
+        fields |= {"n_group": 1, "topk_group": 1}
+    if "norm_topk_prob" not in fields and fields["scoring_func"] == "softmax":
+        fields["norm_topk_prob"] = False
+    for name in _GATE:
+        if name not in fields:
+            raise CheckpointError(f"{path}: {name} is missing; add it, for implementations differ in its default")
+    return fields
+
+
+def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
+    """Early Llamas leave out what follows from the other keys."""
+    heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if isinstance(heads, int) and isinstance(width, int) and heads > 0:
+        fields.setdefault("num_key_value_heads", heads)
+        fields.setdefault("head_dim", width // heads)
+    return fields
+
+
+def _rope(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """From `rope_theta` and `rope_scaling`, or from the `rope_parameters` of newer files."""
+    scaling = table.get("rope_parameters") or table.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{path}: rope_scaling = {str(scaling)[:80]!r} is no object; mend it")
+    theta = scaling.get("rope_theta", table.get("rope_theta"))
+    if theta is None:
+        raise CheckpointError(f"{path}: rope_theta is missing; add it")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise CheckpointError(f"{path}: rope scaling of type {str(kind)[:80]!r} is not supported, only 'yarn'")
+    allowed = {"rope_theta", "rope_type", "type", *(_YARN if kind == "yarn" else ())}
+    for key, value in scaling.items():
+        if key not in allowed and value is not None:
+            raise CheckpointError(f"{path}: rope scaling with {str(key)[:80]!r} is not supported; remove it")
+    if kind == "default":
+        return {"rope_theta": theta}
+    given = {key: scaling[key] for key in _YARN if scaling.get(key) is not None}
+    return {"rope_theta": theta, "rope_scaling": {"type": "yarn", **given}}
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def family_of(config: ModelConfig) -> str:
+    """The `model_type` that means this network. Raises CheckpointError where no published type does."""
+    if config.is_mla:
+        if config.scoring_func == "sigmoid" or not config.is_moe:
+            return "deepseek_v3"
+        if config.norm_topk_prob or not config.rope_interleave:
+            raise _inexpressible("a softmax gate goes with norm_topk_prob = false and rope_interleave = true")
+        return "deepseek_v2"
+    if config.is_moe:
+        raise _inexpressible("experts go with latent attention (kv_lora_rank)")
+    if config.num_nextn_predict_layers:
+        raise _inexpressible("multi-token prediction goes with latent attention (kv_lora_rank)")
+    if config.rope_interleave:
+        raise _inexpressible("grouped-query attention goes with rope_interleave = false")
+    scaling = config.rope_scaling
+    if scaling is not None and (scaling.mscale != 1.0 or scaling.mscale_all_dim):
+        raise _inexpressible("grouped-query attention with YaRN goes with mscale = 1 and mscale_all_dim = 0")
+    return "qwen2" if config.attention_bias else "llama"
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The content of `config.json`, without `torch_dtype`. Raises CheckpointError as `family_of`."""
+    kind = family_of(config)
+    family = FAMILIES[kind]
+    table: dict[str, Any] = {"architectures": [family.architecture], "model_type": kind}
+    table |= {name: getattr(config, name) for name in family.fields}
+    scaling = config.rope_scaling
+    table |= {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else {"rope_type": "yarn", **scaling.model_dump()},
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    match kind:
+        case "deepseek_v3":
+            table |= {"num_key_value_heads": config.num_attention_heads, "topk_method": "noaux_tc", "moe_layer_freq": 1}
+        case "deepseek_v2":
+            method = "greedy" if config.n_group == 1 else "group_limited_greedy"
+            table |= {"num_key_value_heads": config.num_attention_heads, "topk_method": method, "moe_layer_freq": 1}
+        case "llama":
+            table |= {"attention_bias": False, "mlp_bias": False}
+        case "qwen2":
+            table |= {"use_sliding_window": False}
+    return table
+
+
+def _inexpressible(rule: str) -> CheckpointError:
+    return CheckpointError(f"no published model type means this network: {rule}; change the recipe's [model]")

@@ -1,0 +1,131 @@
+"""Our network against `transformers`: the same folder, the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from glasklar.model.attention import document_mask
+from glasklar.model.checkpoint import load_model, save_model
+from glasklar.model.config import ModelConfig
+from glasklar.model.init import build, initialise
+from glasklar.model.transformer import Transformer
+from glasklar.ops.select import REFERENCE
+
+VOCAB = 96
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+}
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
+DEEPSEEK = {**COMMON, **LATENT, **EXPERTS}
+LLAMA = {**COMMON, "num_key_value_heads": 2, "head_dim": 8, "rope_interleave": False}
+SOFTMAX = {"scoring_func": "softmax", "norm_topk_prob": False}
+# Prompts and answers run well beyond the 16 tokens of the original context.
+YARN = {"factor": 8.0, "original_max_position_embeddings": 16}
+
+CASES = {
+    "deepseek": DEEPSEEK,
+    "q_lora": {**DEEPSEEK, "q_lora_rank": 24},
+    "groups": {**DEEPSEEK, "n_group": 4, "topk_group": 2},
+    "two shared experts": {**DEEPSEEK, "n_shared_experts": 2},
+    "no shared experts": {**DEEPSEEK, "n_shared_experts": 0},
+    "gate not normalised": {**DEEPSEEK, "norm_topk_prob": False},
+    "no dense layer": {**DEEPSEEK, "first_k_dense_replace": 0},
+    "two dense layers": {**DEEPSEEK, "first_k_dense_replace": 2},
+    "halves rotated": {**DEEPSEEK, "q_lora_rank": 24, "rope_interleave": False},
+    "attention bias": {**DEEPSEEK, "q_lora_rank": 24, "attention_bias": True},
+    "tied deepseek": {**DEEPSEEK, "tie_word_embeddings": True},
+    "other eps": {**DEEPSEEK, "q_lora_rank": 24, "rms_norm_eps": 1e-2},
+    "prediction module": {**DEEPSEEK, "num_nextn_predict_layers": 1},
+    "yarn": {**DEEPSEEK, "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "yarn, V2's mscale": {**DEEPSEEK, "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+    "yarn, mscales differ": {**DEEPSEEK, "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    "yarn, no mscale_all_dim": {**DEEPSEEK, "rope_scaling": YARN},
+    "yarn, other betas": {**DEEPSEEK, "rope_scaling": {**YARN, "beta_fast": 4.0, "beta_slow": 0.5}},
+    "V2": {**DEEPSEEK, **SOFTMAX, "routed_scaling_factor": 1.0},
+    "V2, groups": {**DEEPSEEK, **SOFTMAX, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 4.0},
+    "V2, q_lora and yarn": {
+        **DEEPSEEK, **SOFTMAX, "q_lora_rank": 24, "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "llama": LLAMA,
+    "llama, tied": {**LLAMA, "tie_word_embeddings": True},
+    "llama, one key head": {**LLAMA, "num_key_value_heads": 1},
+    "llama, yarn": {**LLAMA, "rope_scaling": YARN},
+    "qwen2": {**LLAMA, "attention_bias": True},
+}  # fmt: skip
+
+
+@pytest.fixture(params=CASES, ids=str)
+def network(request) -> Transformer:
+    config = ModelConfig.read(CASES[request.param], request.param)
+    model = initialise(build(config), 5)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith((".bias", "bias")):
+                # As large as differences between scores, so that the bias decides for some tokens.
+                tensor.normal_(0.0, 0.1, generator=generator)
+            elif name.endswith("norm.weight"):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+    return model.requires_grad_(False)
+
+
+def load_theirs(folder: Path) -> torch.nn.Module:
+    logging.set_verbosity_error()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def our_logits(model: Transformer, ids_BT: Tensor) -> Tensor:
+    position_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+    at = model.at(position_BT, document_mask(torch.zeros_like(ids_BT), model.dtype))
+    return model.logits(model(ids_BT, at).hidden_BTD)
+
+
+def prompts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(VOCAB, (length,), generator=generator) for length in (5, 17, 40)]
+
+
+@torch.inference_mode()
+def test_logits_and_greedy_tokens_against_transformers(network, tmp_path):
+    save_model(network, tmp_path / "model")
+    theirs = load_theirs(tmp_path / "model")
+    assert isinstance(theirs.config.model_type, str)
+    ours = load_model(tmp_path / "model", dtype=torch.float32, ops=REFERENCE, device="cpu")
+    given = prompts()
+    longest = max(map(len, given))
+    ids_BT, attended_BT = torch.zeros(len(given), longest, dtype=torch.long), torch.zeros(len(given), longest)
+    for row, prompt in enumerate(given):
+        ids_BT[row, : len(prompt)], attended_BT[row, : len(prompt)] = prompt, 1
+    expected_BTW = theirs(input_ids=ids_BT, attention_mask=attended_BT.long()).logits
+    assert expected_BTW.std() > 0.1, "the random model must tell tokens apart for this test to mean something"
+    for prompt, expected_TW in zip(given, expected_BTW, strict=True):
+        expected_TW = expected_TW[: len(prompt)]
+        difference = (our_logits(ours, prompt[None])[0] - expected_TW).abs().max()
+        assert difference < 1e-4 * expected_TW.abs().max()
+    start = given[1][None]
+    expected = theirs.generate(start, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+    # Greedy: every token must be the best one after those before it, which one pass over the whole text shows.
+    assert len(expected) == start.shape[1] + 64
+    chosen = our_logits(ours, expected[None, :-1])[0].argmax(-1)
+    assert chosen[start.shape[1] - 1 :].tolist() == expected[start.shape[1] :].tolist()
