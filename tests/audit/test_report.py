@@ -132,8 +132,7 @@ def test_run_that_has_just_begun(tmp_path):
     run.metrics_file.unlink()
     first = run.ledger_file.read_bytes().split(b"\n")[0] + b"\n"
     run.ledger_file.write_bytes(first + b'{"data":{"unfin')
-    blocks = report(RunFacts.read(run))
-    assert blocks
+    assert report(RunFacts.read(run))
     write_report(run)
     assert "unfinished" in run.report_md.read_text(encoding="utf-8")
 
@@ -205,9 +204,9 @@ def test_repeated_stages_count_on():
 def test_figures_for_people():
     assert [duration(s) for s in (0.4, 59, 61, 3661)] == ["0 s", "59 s", "1 min 01 s", "1 h 01 min"]
     assert [quantity(n) for n in (999, 1500, 2.5e6, 671e9)] == ["999", "1.5 k", "2.5 M", "671 B"]
-    assert [energy(j) for j in (36.0, 3600.0, 3.6e6, 3.6e9)] == ["0.01 Wh", "1 Wh", "1 kWh", "1 MWh"]
-    assert [flops(n) for n in (5.0, 2e9, 3.5e15)] == ["5 FLOP", "2 GFLOP", "3.5 PFLOP"]
-    assert [money(m) for m in (0.0, 0.00025, 0.5)] == ["0 US cents", "0.025 US cents", "50 US cents"]
+    assert [energy(j) for j in (36.0, 3600.0, 3.6e6, 3.6e9)] == ["10 mWh", "1 Wh", "1 kWh", "1 MWh"]
+    assert [flops(n) for n in (5e6, 2e9, 3.5e15)] == ["5 MFLOP", "2 GFLOP", "3.5 PFLOP"]
+    assert [money(m) for m in (1e-6, 0.00025, 0.5)] == ["< 0.001 US cents", "0.025 US cents", "50 US cents"]
     assert money(1234.5) == "1,234.50 USD"
 
 

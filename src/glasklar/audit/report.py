@@ -15,13 +15,15 @@ from glasklar.provenance.energy import JOULES_PER_KWH
 from glasklar.provenance.files import write_atomic
 from glasklar.provenance.rundir import RunDir
 
+# Columns of the table of results: figure, part of the evaluation that holds it, heading, what it is.
 FIGURES = [
-    ("greedy", "greedy", "share"),
-    ("pass@1", "pass@1", "share"),
-    ("pass@16", "pass@16", "share"),
-    ("thinking", "thinking", "share"),
-    ("direct", "direct", "share"),
-    ("length", "tokens", "count"),
+    ("greedy", "tasks", "greedy", "share"),
+    ("pass@1", "tasks", "pass@1", "share"),
+    ("pass@16", "tasks", "pass@16", "share"),
+    ("thinking", "tasks", "thinking", "share"),
+    ("direct", "tasks", "direct", "share"),
+    ("greedy", "hard", "harder range", "share"),
+    ("length", "tasks", "tokens", "count"),
 ]
 NETWORK_FIGURES = ("bits_per_byte", "second_token_acceptance", "load_max_mean")
 
@@ -116,13 +118,13 @@ def _accuracy(facts: RunFacts) -> list[Block]:
     if last is None or not last.get("tasks"):
         return []
     first = before if before is not last else None
-    rows = []
-    for name in [*last["tasks"], None]:
-        cells = [_cell(facts, first, last, name, figure, kind) for figure, _, kind in FIGURES]
-        cells.insert(5, _cell(facts, first, last, name, "greedy", "share", part="hard"))
-        rows.append([name or "mean", *cells])
-    header = ["task", *(label for _, label, _ in FIGURES)]
-    header.insert(6, "harder range")
+    names = [*last["tasks"], None]
+    columns = {
+        label: cells
+        for figure, part, label, kind in FIGURES
+        if any(cells := [_cell(facts, first, last, name, figure, kind, part) for name in names])
+    }
+    rows = [[name or "mean", *(cells[place] or "–" for cells in columns.values())] for place, name in enumerate(names)]
     counts = sorted({scores["n"] for scores in last["tasks"].values() if "n" in scores})
     problems = f"{'–'.join(str(count) for count in counts)} problems a task" if counts else "test problems"
     arrow = ", before RL → after RL" if first else ""
@@ -132,7 +134,7 @@ def _accuracy(facts: RunFacts) -> list[Block]:
         "think; thinking, direct: it is made to think first, or to answer at once; pass@1, pass@16: at temperature 1; "
         f"harder range: lengths that were never trained.{over}"
     )
-    return [Table(header, rows, caption, total=True)]
+    return [Table(["task", *columns], rows, caption, total=True)]
 
 
 def _cell(
@@ -142,9 +144,9 @@ def _cell(
     task: str | None,
     figure: str,
     kind: str,
-    part: str = "tasks",
+    part: str,
 ) -> str:
-    """ "62 → 95", or one figure where there is no other; `task` None: the mean."""
+    """ "62 → 95", one figure where there is no other, nothing where there is none; `task` None: the mean."""
 
     def value(line: dict[str, Any] | None) -> str | None:
         if line is None:
@@ -153,7 +155,7 @@ def _cell(
         return None if number is None else f"{number * 100 if kind == 'share' else number:.0f}"
 
     found = [text for text in (value(first), value(last)) if text is not None]
-    return " → ".join(found) or "–"
+    return " → ".join(found)
 
 
 def _also_measured(facts: RunFacts) -> list[Block]:
@@ -253,12 +255,10 @@ def _stage_in_words(stage: dict[str, Any]) -> str:
 
 
 def _warnings(facts: RunFacts) -> list[Block]:
-    if not facts.stage("rl"):
-        return []
     found = facts.warnings()
-    normal = "A policy loss near 0 is normal: it measures the step, not the success; reward and accuracy do that."
     if not found:
-        return [Paragraph(f"The RL doctor had nothing to remark. {normal}")]
+        return []
+    normal = "A policy loss near 0 is normal: it measures the step, not the success; reward and accuracy do that."
     return [Paragraph(f"The RL doctor remarked the following. {normal}"), Items(found)]
 
 
@@ -272,7 +272,7 @@ def _costs(facts: RunFacts) -> list[Block]:
         f"What it took. Energy by {facts.energy_source}. Cost: electricity at {USD_PER_KWH:.2f} USD/kWh. "
         f"Evaluations between the stages are in the run's {duration(facts.seconds)}, not in this table"
     )
-    header = ["stage", "steps", "tokens", "time", "computed", "energy", "cost"]
+    header = ["stage", "steps", "tokens trained", "time", "computed", "energy", "cost"]
     return [Table(header, [*rows, sums], caption, total=True)]
 
 
@@ -295,7 +295,7 @@ def _origin(facts: RunFacts) -> list[str]:
         git = code.get("git")
         where = f"commit {git['commit']}{', changed since' if git['dirty'] else ''}" if git else "not a checkout"
         lines.append(f"Code: glasklar {code.get('version')}, {where}, files {code.get('files')}")
-        lines.append(f"Machine: {machine.get('cpu')}, {machine.get('threads')} threads, torch {machine.get('torch')}")
+        lines.append(f"Machine: {machine.get('cpu')}, threads {machine.get('threads')}, torch {machine.get('torch')}")
     for data in facts.of("data")[:1]:
         counts = ", ".join(f"{data[key]:,} {key}" for key in ("documents", "bytes", "tokens") if key in data)
         lines.append(f"Data: {counts}; Merkle root {data.get('root')}")
@@ -325,15 +325,19 @@ def quantity(count: float) -> str:
 
 
 def flops(count: float) -> str:
-    return _scaled(count, [(1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")], "FLOP")
+    units = [(1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")]
+    return _scaled(count, units, "FLOP")
 
 
 def energy(joules: float) -> str:
-    return _scaled(joules / JOULES_PER_KWH * 1000, [(1e6, "MWh"), (1e3, "kWh")], "Wh")
+    milliwatt_hours = joules / JOULES_PER_KWH * 1e6
+    return _scaled(milliwatt_hours, [(1e9, "MWh"), (1e6, "kWh"), (1e3, "Wh")], "mWh")
 
 
 def money(usd: float) -> str:
-    return f"{usd:,.2f} USD" if usd >= 1 else f"{usd * 100:.2g} US cents"
+    if usd >= 1:
+        return f"{usd:,.2f} USD"
+    return f"{usd * 100:.2g} US cents" if usd >= 1e-5 else "< 0.001 US cents"
 
 
 def duration(seconds: float) -> str:
