@@ -201,7 +201,7 @@ def test_impossible_prompts_are_refused_with_numbers(model: Transformer, prompt:
 def test_request_larger_than_the_cache_is_refused(model: Transformer) -> None:
     engine = Engine(model, max_tokens=64)
     engine.add([1] * 30, SamplingParams(max_tokens=34))
-    with pytest.raises(CapacityError, match="30 .*36 .*64"):
+    with pytest.raises(CapacityError, match=r"30 .*36 .*64"):
         engine.add([1] * 30, SamplingParams(max_tokens=36))
 
 
@@ -211,6 +211,45 @@ def test_small_cache_gives_the_same_answers(model: Transformer) -> None:
     wanted = [a.ids for a in Engine(model).generate(prompts(24), params)]
     assert [a.ids for a in small.generate(prompts(24), params)] == wanted
     assert small.cache.bytes_allocated <= 256 * small.cache.bytes_per_token
+
+
+def test_memory_that_runs_out_ends_the_requests_of_the_pass_and_no_other(model: Transformer) -> None:
+    engine = Engine(model)
+    (wanted,) = engine.generate([[1, 2]], SamplingParams(max_tokens=8))
+    first = engine.add([1, 2], SamplingParams(max_tokens=8))
+    events = engine.step()
+    engine.cache.max_tokens = 64  # as if there were less memory than was promised
+    second = engine.add([3] * 40, SamplingParams(max_tokens=8))
+    events += engine.step()
+    engine.cache.max_tokens = 1 << 17
+    for later in collect(engine).values():
+        events += later
+    assert [e.token for e in events if e.request == first] == wanted.ids
+    assert [(e.finish, type(e.error)) for e in events if e.request == second] == [("error", CapacityError)]
+    assert_idle(engine)
+
+
+def test_a_pass_that_breaks_leaves_nothing_behind(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "decode", lambda rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.generate(prompts(5), SamplingParams(max_tokens=4))
+    assert_idle(engine)
+    assert engine.generate(prompts(5), SamplingParams(max_tokens=4)) == Engine(model).generate(
+        prompts(5), SamplingParams(max_tokens=4)
+    )
+
+
+def test_equal_prompts_are_computed_once_and_answered_each(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [prompt for prompt in prompts(4) for _ in range(6)]
+    params = [SamplingParams(max_tokens=8, temperature=1.0, seed=i) for i in range(24)]
+    engine, seen = Engine(model), []
+    run = engine.runner._prefill
+    monkeypatch.setattr(engine.runner, "_prefill", lambda group, start: seen.append(len(group)) or run(group, start))
+    answers = engine.generate(asked, params)
+    assert sum(seen) == 4
+    assert [a.ids for a in answers] == [oracle(model, p, s) for p, s in zip(asked, params, strict=True)]
 
 
 def test_weights_changed_in_place_are_used_and_refused_while_running() -> None:

@@ -28,6 +28,7 @@ class Rows:
     length       tokens of prompt and answer so far = position of the next token
     made, limit  tokens made, and most that may be
     stops        ids that end the answer, padded with -1
+    special      the request wants more of the sampler than a temperature
     tokens, logprobs   what was made, [n, longest answer]
     """
 
@@ -39,6 +40,7 @@ class Rows:
         self.limit = np.zeros(0, np.int64)
         self.temperature = np.zeros(0, np.float64)
         self.seed = np.zeros(0, np.uint64)
+        self.special = np.zeros(0, np.bool_)
         self.stops = np.zeros((0, 1), np.int64)
         self.tokens = np.zeros((0, 1), np.int64)
         self.logprobs = np.zeros((0, 1), np.float32)
@@ -47,6 +49,10 @@ class Rows:
     def longest(self) -> int:
         """Tokens of the longest prompt with its answer."""
         return int(self.length[: self.n].max(initial=0))
+
+    def answer(self, row: int) -> list[int]:
+        """Tokens made so far."""
+        return self.tokens[row, : self.made[row]].tolist()
 
     def append(self, requests: Sequence[Request]) -> None:
         """New rows at the end."""
@@ -62,6 +68,7 @@ class Rows:
             params = request.params
             self.length[row], self.limit[row] = len(request.prompt), request.limit
             self.temperature[row], self.seed[row] = params.temperature, params.seed % (1 << 64)
+            self.special[row] = params.special
             self.stops[row, : len(params.stop_ids)] = params.stop_ids
 
     def _grow(self, rows: int, *, stops: int, tokens: int) -> None:
@@ -104,6 +111,13 @@ class PrefillInputs:
     position_BT: Tensor
     segments_BT: Tensor
     last_B: Tensor
+
+
+def distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
+    """Each prompt once, in order, and for every prompt its place among them."""
+    place: dict[tuple[int, ...], int] = {}
+    places = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
+    return list(place), places
 
 
 def prefill_groups(lengths: Sequence[int], budget: int) -> list[tuple[int, int]]:

@@ -84,6 +84,11 @@ class SlotCache:
             source, target = (torch.tensor(rows, device=self.data.device) for rows in zip(*moves, strict=True))
             self.data.index_copy_(1, target, self.data.index_select(1, source))
 
+    def spread(self, start: int, places: Sequence[int]) -> None:
+        """Slot `start + i` becomes a copy of what was slot `start + places[i]`."""
+        source = torch.tensor(places, device=self.data.device) + start
+        self.data[:, start : start + len(places)] = self.data.index_select(1, source)
+
     def clear_from(self, row: int) -> None:
         """Zeroes the slots from `row` on."""
         self.data[:, row:].zero_()

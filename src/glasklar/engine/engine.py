@@ -11,17 +11,18 @@ before the next request.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from glasklar.engine.batch import Rows
 from glasklar.engine.cache import SlotCache
 from glasklar.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent
 from glasklar.engine.runner import Runner
-from glasklar.engine.sampler import Alternatives, Sampled, sample, uniform
+from glasklar.engine.sampler import Alternatives, Sampled, SpecialRow, sample, uniform
 from glasklar.engine.scheduler import Scheduler, SlotRoom
 from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.model.transformer import Transformer
@@ -40,12 +41,15 @@ class Stats:
 
 @dataclass(frozen=True)
 class _Made:
-    """Tokens that one pass made, in row order: request `requests[i]` got `sampled.tokens[i]`; `finish` of those that
-    ended, `completions` of those of them that got to an end."""
+    """What one pass brought, in row order: `sampled` holds a token for each of `requests` (None: the pass failed).
+
+    `finish`, `errors` and `completions` are those of requests that ended, by place; an error has no completion.
+    """
 
     requests: list[Request]
-    sampled: Sampled
+    sampled: Sampled | None
     finish: dict[int, FinishReason]
+    errors: dict[int, GlasklarError]
     completions: dict[int, Completion]
 
 
@@ -140,13 +144,13 @@ class Engine:
         completions: dict[int, Completion] = {}
         ids: list[int] = []
         try:
-            ids += (self.add(prompt, settings) for prompt, settings in zip(prompts, each, strict=True))
+            for prompt, settings in zip(prompts, each, strict=True):
+                ids.append(self.add(prompt, settings))
             while self.has_work:
                 for made in self._advance():
-                    for i, reason in made.finish.items():
-                        if reason == "error":
-                            raise _failure(made.requests[i])
-                    completions.update(made.completions)
+                    for error in made.errors.values():
+                        raise error
+                    completions.update((made.requests[i].id, done) for i, done in made.completions.items())
                 if progress is not None:
                     progress(len(completions), len(ids))
         finally:
@@ -155,66 +159,82 @@ class Engine:
         return [completions[request_id] for request_id in ids]
 
     def _advance(self) -> list[_Made]:
-        """One step of the engine: prompts that were admitted, then one token for all rows."""
+        """One step: the prompts that are admitted, then one token for all rows."""
         self.stats.steps += 1
         made = []
         start = time.perf_counter()
-        admitted = self.scheduler.admit()
-        if admitted:
-            first = self.rows.n
+        first = self.rows.n
+        if admitted := self.scheduler.admit():
+            prompts = [request.prompt for request in admitted]
             self.rows.append(admitted)
-            self.cache.fit(self.rows.n, self.rows.longest, keep=first)
-            logits_BW = self.runner.prefill([request.prompt for request in admitted], first)
-            made.append(self._sample(logits_BW, first))
-            self.stats.prompt_tokens += sum(len(request.prompt) for request in admitted)
+            made.append(self._pass(first, first, lambda: self.runner.prefill(prompts, first)))
+            self.stats.prompt_tokens += sum(len(prompt) for prompt in prompts)
         middle = time.perf_counter()
-        if self.scheduler.running:
-            self.cache.fit(self.rows.n, self.rows.longest, keep=self.rows.n)
-            made.append(self._sample(self.runner.decode(self.rows), 0))
+        if self.rows.n:
+            made.append(self._pass(0, self.rows.n, lambda: self.runner.decode(self.rows)))
         self.stats.prefill_seconds += middle - start
         self.stats.decode_seconds += time.perf_counter() - middle
         return made
+
+    def _pass(self, first: int, cached: int, run: Callable[[], Tensor]) -> _Made:
+        """A pass for the rows from `first` on, while the first `cached` rows have something in the cache.
+
+        Where memory does not suffice, the pass's requests end with the error. Whatever else happens, they do not stay
+        behind half done.
+        """
+        try:
+            self.cache.fit(self.rows.n, self.rows.longest, keep=cached)
+            return self._sample(run(), first)
+        except (CapacityError, torch.OutOfMemoryError) as error:
+            requests = self.scheduler.running[first:]
+            reason = error if isinstance(error, CapacityError) else CapacityError(f"out of memory: {error}")
+            self._release(range(first, self.rows.n))
+            places = range(len(requests))
+            return _Made(requests, None, dict.fromkeys(places, "error"), dict.fromkeys(places, reason), {})
+        except BaseException:
+            self._release(range(first, self.rows.n))
+            raise
 
     def _sample(self, logits_BW: Tensor, first: int) -> _Made:
         """Chooses and records a token for each row from `first` on, and lets go of those that ended."""
         rows, n = self.rows, self.rows.n
         requests = self.scheduler.running[first:n]
         special = [
-            (i, r.params, r.prompt, rows.tokens[first + i, : rows.made[first + i]].tolist())
-            for i, r in enumerate(requests)
-            if r.params.penalised or r.params.truncated or r.params.logit_bias or r.params.logprobs
+            SpecialRow(i, requests[i].params, requests[i].prompt, rows.answer(first + i))
+            for i in np.flatnonzero(rows.special[first:n]).tolist()
         ]
         numbers = uniform(rows.seed[first:n], rows.length[first:n])
         sampled = sample(logits_BW, rows.temperature[first:n], numbers, special)
         stopped = rows.record(first, sampled.tokens, sampled.logprobs)
-        self.stats.tokens += len(requests)
+        self.stats.tokens += int(sampled.finite.sum())
         for i, alternatives in sampled.alternatives.items():
             self._alternatives.setdefault(requests[i].id, []).append(alternatives)
         ended = stopped | (rows.made[first:n] >= rows.limit[first:n]) | ~sampled.finite
-        finish: dict[int, FinishReason] = {}
-        completions = {}
+        made = _Made(requests, sampled, {}, {}, {})
         for i in np.flatnonzero(ended).tolist():
-            finish[i] = "error" if not sampled.finite[i] else "stop" if stopped[i] else "length"
-            if finish[i] != "error":
-                completions[requests[i].id] = self._completion(first + i, finish[i])
-        self._release([first + i for i in finish])
-        if not sampled.finite.all():
+            if not sampled.finite[i]:
+                made.finish[i], made.errors[i] = "error", _not_finite(requests[i])
+                continue
+            made.finish[i] = "stop" if stopped[i] else "length"
+            made.completions[i] = self._completion(first + i, made.finish[i])
+        self._release([first + i for i in made.finish])
+        if made.errors:
             self.cache.clear_from(self.rows.n)
-        return _Made(requests, sampled, finish, completions)
+        return made
 
     def _completion(self, row: int, finish: FinishReason) -> Completion:
-        count = self.rows.made[row]
         return Completion(
-            ids=self.rows.tokens[row, :count].tolist(),
-            logprobs=self.rows.logprobs[row, :count].tolist(),
+            ids=self.rows.answer(row),
+            logprobs=self.rows.logprobs[row, : self.rows.made[row]].tolist(),
             finish=finish,
             alternatives=self._alternatives.get(self.scheduler.running[row].id, []),
         )
 
-    def _release(self, gone: list[int]) -> None:
-        for row in gone:
+    def _release(self, gone: Iterable[int]) -> None:
+        rows = list(gone)
+        for row in rows:
             self._alternatives.pop(self.scheduler.running[row].id, None)
-        moves = self.scheduler.release(gone)
+        moves = self.scheduler.release(rows)
         self.cache.move(moves)
         self.rows.move(moves, len(self.scheduler.running))
 
@@ -222,9 +242,9 @@ class Engine:
 def _events(made: _Made) -> list[TokenEvent]:
     events = []
     for i, request in enumerate(made.requests):
-        reason = made.finish.get(i)
-        if reason == "error":
-            events.append(TokenEvent(request=request.id, token=-1, logprob=0.0, finish=reason, error=_failure(request)))
+        if made.sampled is None or i in made.errors:
+            failed = TokenEvent(request=request.id, token=-1, logprob=0.0, finish="error", error=made.errors[i])
+            events.append(failed)
             continue
         events.append(
             TokenEvent(
@@ -232,13 +252,13 @@ def _events(made: _Made) -> list[TokenEvent]:
                 token=int(made.sampled.tokens[i]),
                 logprob=float(made.sampled.logprobs[i]),
                 alternatives=made.sampled.alternatives.get(i, ()),
-                finish=reason,
+                finish=made.finish.get(i),
             )
         )
     return events
 
 
-def _failure(request: Request) -> GlasklarError:
+def _not_finite(request: Request) -> GlasklarError:
     return GlasklarError(
         f"request {request.id} (prompt of {len(request.prompt)} tokens): the model's logits hold NaN or infinity; "
         "its weights are damaged or its training has diverged"

@@ -62,6 +62,11 @@ class SamplingParams:
         """Whether a draw leaves tokens out; the most probable one is never left out."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
+    @property
+    def special(self) -> bool:
+        """Whether the sampler must do more for it than apply a temperature."""
+        return self.penalised or self.truncated or bool(self.logit_bias) or self.logprobs > 0
+
 
 @dataclass(kw_only=True)
 class Request:

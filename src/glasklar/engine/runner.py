@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from glasklar.engine.batch import Rows, decode_inputs, prefill_groups, prefill_inputs
+from glasklar.engine.batch import Rows, decode_inputs, distinct, prefill_groups, prefill_inputs
 from glasklar.engine.cache import SlotCache
 from glasklar.model.attention import cache_mask, document_mask
 from glasklar.model.transformer import Transformer
@@ -25,9 +25,17 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], start: int) -> Tensor:
-        """Runs prompts through the model, into the slots from `start` on. Returns logits after each prompt [n, W]."""
-        groups = prefill_groups([len(prompt) for prompt in prompts], PREFILL_TOKENS)
-        return torch.cat([self._prefill(prompts[a:b], start + a) for a, b in groups])
+        """Runs prompts through the model, into the slots from `start` on. Returns logits after each prompt [n, W].
+
+        Equal prompts (several samples of one problem) are computed once.
+        """
+        once, places = distinct(prompts)
+        groups = prefill_groups([len(prompt) for prompt in once], PREFILL_TOKENS)
+        logits_BW = torch.cat([self._prefill(once[a:b], start + a) for a, b in groups])
+        if len(once) == len(prompts):
+            return logits_BW
+        self.cache.spread(start, places)
+        return logits_BW[torch.tensor(places, device=self.device)]
 
     def _prefill(self, prompts: Sequence[Sequence[int]], start: int) -> Tensor:
         inputs = prefill_inputs(prompts, self.cache.rows - start)

@@ -20,6 +20,8 @@ from torch import Tensor
 from glasklar.engine.request import SamplingParams
 
 Alternatives = tuple[tuple[int, float], ...]
+# Logits divided by less could overflow; there is nothing left to chance below it anyway.
+COLDEST = 1e-5
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -36,6 +38,16 @@ class Sampled:
     logprobs: NDArray[np.float32]
     finite: NDArray[np.bool_]
     alternatives: dict[int, Alternatives]
+
+
+@dataclass(frozen=True)
+class SpecialRow:
+    """A row of the batch whose request asks for more than a temperature: its settings, prompt and answer so far."""
+
+    row: int
+    params: SamplingParams
+    prompt: Sequence[int]
+    made: Sequence[int]
 
 
 def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -56,18 +68,18 @@ def sample(
     logits_BW: Tensor,
     temperature_B: NDArray[np.float64],
     uniform_B: NDArray[np.float64],
-    special: Sequence[tuple[int, SamplingParams, Sequence[int], Sequence[int]]] = (),
+    special: Sequence[SpecialRow] = (),
 ) -> Sampled:
     """Chooses a token for each row.
 
-    temperature   0 = the most probable token
+    temperature   below 1e-5 = the most probable token
     uniform       from `uniform`
-    special       (row, params, prompt, made tokens) of the rows whose params ask for more than a temperature
+    special       rows that need more than a temperature
     """
     own_BW = logits_BW.float()
     norm_B = own_BW.logsumexp(-1)
     chosen_BW = _adjust(own_BW, temperature_B, special) if special else own_BW
-    greedy = temperature_B == 0
+    greedy = temperature_B < COLDEST
     if greedy.all():
         tokens_B = chosen_BW.argmax(-1)
     else:
@@ -91,7 +103,7 @@ def draw(logits_BW: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def truncate(logits_BW: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
-    """Sets to -inf what top-k (0: all), top-p and min-p leave out; ties go to the lower id, the best token stays."""
+    """Which tokens top-k (0: all), top-p and min-p leave [B, W]; ties go to the lower id, the best token stays."""
     sorted_BW, ids_BW = logits_BW.sort(dim=-1, descending=True, stable=True)
     W = logits_BW.shape[-1]
     rank_W = torch.arange(W, device=logits_BW.device)
@@ -101,8 +113,7 @@ def truncate(logits_BW: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tenso
     before_BW = probs_BW.cumsum(-1) - probs_BW
     kept_BW = (before_BW < top_p_B[:, None]) & (probs_BW >= min_p_B[:, None] * probs_BW[:, :1])
     kept_BW[:, 0] = True
-    sorted_BW = sorted_BW.masked_fill(~kept_BW, float("-inf"))
-    return torch.empty_like(sorted_BW).scatter_(-1, ids_BW, sorted_BW)
+    return torch.empty_like(kept_BW).scatter_(-1, ids_BW, kept_BW)
 
 
 def penalise(logits_W: Tensor, params: SamplingParams, prompt: Sequence[int], made: Sequence[int]) -> Tensor:
@@ -120,28 +131,25 @@ def penalise(logits_W: Tensor, params: SamplingParams, prompt: Sequence[int], ma
 def _adjust(
     logits_BW: Tensor,
     temperature_B: NDArray[np.float64],
-    special: Sequence[tuple[int, SamplingParams, Sequence[int], Sequence[int]]],
+    special: Sequence[SpecialRow],
 ) -> Tensor:
+    """What the rows' settings make of the logits; left-out tokens get -inf."""
     logits_BW = logits_BW.clone()
-    for row, params, prompt, made in special:
-        if params.penalised:
-            logits_BW[row] = penalise(logits_BW[row], params, prompt, made)
-        for token, bias in params.logit_bias.items():
-            logits_BW[row, token] += bias
-    truncated = [(row, params) for row, params, _, _ in special if params.truncated]
-    if truncated:
-        rows = torch.tensor([row for row, _ in truncated], device=logits_BW.device)
-        limits = [
-            torch.tensor(column, device=logits_BW.device, dtype=kind)
-            for column, kind in zip(
-                zip(*((p.top_k, p.top_p, p.min_p) for _, p in truncated), strict=True),
-                (torch.int64, torch.float64, torch.float64),
-                strict=True,
-            )
-        ]
-        scaled = _scaled(logits_BW[rows], temperature_B[rows.cpu().numpy()])
-        kept = truncate(scaled, *limits).isfinite()
-        logits_BW[rows] = logits_BW[rows].masked_fill(~kept, float("-inf"))
+    for s in special:
+        if s.params.penalised:
+            logits_BW[s.row] = penalise(logits_BW[s.row], s.params, s.prompt, s.made)
+        for token, bias in s.params.logit_bias.items():
+            logits_BW[s.row, token] += bias
+    cut = [s for s in special if s.params.truncated]
+    if cut:
+        device, rows = logits_BW.device, [s.row for s in cut]
+        kept_BW = truncate(
+            _scaled(logits_BW[rows], temperature_B[rows].clip(min=COLDEST)),
+            torch.tensor([s.params.top_k for s in cut], device=device),
+            torch.tensor([s.params.top_p for s in cut], device=device, dtype=torch.float64),
+            torch.tensor([s.params.min_p for s in cut], device=device, dtype=torch.float64),
+        )
+        logits_BW[rows] = logits_BW[rows].masked_fill(~kept_BW, float("-inf"))
     return logits_BW
 
 
@@ -154,17 +162,17 @@ def _scaled(logits_BW: Tensor, temperature_B: NDArray[np.float64]) -> Tensor:
 def _alternatives(
     logits_BW: Tensor,
     norm_B: Tensor,
-    special: Sequence[tuple[int, SamplingParams, Sequence[int], Sequence[int]]],
+    special: Sequence[SpecialRow],
 ) -> dict[int, Alternatives]:
-    wanted = [(row, min(params.logprobs, logits_BW.shape[-1])) for row, params, _, _ in special if params.logprobs]
+    """The most probable tokens of the rows that asked for them, by row."""
+    wanted = {s.row: min(s.params.logprobs, logits_BW.shape[-1]) for s in special if s.params.logprobs}
     if not wanted:
         return {}
-    rows = torch.tensor([row for row, _ in wanted], device=logits_BW.device)
-    logprobs = logits_BW[rows] - norm_B[rows, None]
-    values, ids = logprobs.topk(max(count for _, count in wanted), dim=-1)
+    rows = list(wanted)
+    values, ids = (logits_BW[rows] - norm_B[rows, None]).topk(max(wanted.values()), dim=-1)
     return {
-        row: tuple(zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True))
-        for i, (row, count) in enumerate(wanted)
+        row: tuple(zip(best[:count], logprobs[:count], strict=True))
+        for (row, count), best, logprobs in zip(wanted.items(), ids.tolist(), values.tolist(), strict=True)
     }
 
 

@@ -49,6 +49,8 @@ class Scheduler:
     def admit(self) -> list[Request]:
         """Moves requests from the queue's head to the next rows while they fit, in the order of their prompts' lengths.
         Nobody overtakes the head: that would starve a long request."""
+        if not self.waiting:
+            return []
         reserves = [request.reserve for request in self.running]
         longest, total = max(reserves, default=0), sum(reserves)
         first, prompt_tokens = len(self.running), 0

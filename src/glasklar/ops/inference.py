@@ -35,7 +35,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
 
 def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:
     """As `reference.attention`; scores in the compute type."""
-    B, H, T, K = q_BHTK.shape
+    B, H, _, K = q_BHTK.shape
     G, S = k_BGSK.shape[1:3]
     k, v = k_BGSK.flatten(0, 1), v_BGSV.flatten(0, 1)
     stretch = max(1, MOST_SCORES // (B * H * S))
