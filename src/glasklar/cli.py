@@ -195,3 +195,6 @@ def main() -> None:
             err.print(f"[bold red]error[/] {error.format_message()}", highlight=False)
             sys.exit(2)
         raise
+
+if __name__ == "__main__":
+    main()

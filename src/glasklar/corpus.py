@@ -1,4 +1,4 @@
-"""From a recipe's sources to packed token files in the run folder: documents, hashes, tokenizer, training and held-out parts.
+"""From a recipe's sources to packed tokens in the run folder: documents, hashes, tokenizer, training and held-out parts.
 
 Made once per run; a later start finds the files, checks their hashes and goes on.
 """
@@ -6,16 +6,16 @@ Made once per run; a later start finds the files, checks their hashes and goes o
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from glasklar.data.batches import PackedDocuments
 from glasklar.data.chat import demonstration
 from glasklar.data.documents import Document, held_out, read_documents
 from glasklar.data.procedural import Mixture, TaskSource, demonstrations, documents
-from glasklar.data.tokenizer import Tokenizer
+from glasklar.data.tokenizer import SPECIAL, Tokenizer
 from glasklar.errors import CheckpointError
 from glasklar.provenance.files import write_atomic
 from glasklar.provenance.hashing import canonical_json, merkle_root, sha256_file
@@ -42,19 +42,17 @@ def prepare(recipe: Recipe, folder: Path) -> Corpus:
         return _reopen(recipe, folder)
     folder.mkdir(parents=True, exist_ok=True)
     train, kept_out = split_documents(recipe)
-    tokenizer = Tokenizer.train(
-        (document.text for document in islice(train, recipe.tokenizer.sample)), vocab_size=recipe.tokenizer.vocab_size
-    )
+    sample = random.Random(recipe.seed).sample(train, min(recipe.tokenizer.sample, len(train)))
+    tokenizer = Tokenizer.train((_plain(document.text) for document in sample), vocab_size=recipe.tokenizer.vocab_size)
     for name, content in tokenizer.files().items():
         write_atomic(folder / name, content)
     texts = [document.text for document in train]
-    encoded = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_many(texts)]
-    packed = PackedDocuments.of([(ids, None) for ids in encoded])
+    packed = PackedDocuments.of(list(_encoded(recipe, train, tokenizer)))
     packed.save(folder / TRAIN)
     facts: dict[str, object] = {
         "documents": len(train),
         "bytes": sum(len(text.encode()) for text in texts),
-        "tokens": sum(map(len, encoded)),
+        "tokens": len(packed.ids),
         "root": merkle_root(document.hash for document in train),
         "held_out_documents": len(kept_out),
         "held_out_root": merkle_root(document.hash for document in kept_out),
@@ -66,8 +64,26 @@ def prepare(recipe: Recipe, folder: Path) -> Corpus:
     return Corpus(tokenizer=tokenizer, train=packed, held_out=kept_out, facts=facts)
 
 
+def _plain(text: str) -> str:
+    """A document without special tokens, whose characters must not shape the vocabulary."""
+    for token in SPECIAL:
+        text = text.replace(token, "\n")
+    return text
+
+
+def _encoded(recipe: Recipe, train: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[float]]]:
+    """Ids and loss weights of the documents. Only what the tasks wrote may hold special tokens."""
+    weight = next((source.question_weight for source in recipe.sources if isinstance(source, TaskSource)), 1.0)
+    for trusted in (False, True):
+        texts = [document.text for document in train if document.source.startswith("task:") == trusted]
+        for body in tokenizer.encode_many(texts, trusted=trusted):
+            ids = [tokenizer.bos_id, *body, tokenizer.eos_id]
+            asked = ids.index(tokenizer.assistant_id) + 1 if trusted and tokenizer.assistant_id in ids else 0
+            yield ids, [weight] * asked + [1.0] * (len(ids) - asked)
+
+
 def split_documents(recipe: Recipe) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents. Problems of tasks have splits of their own; whole text documents are held out."""
+    """Training and held-out documents. Problems of tasks have their own splits; of text, whole documents are held out."""
     train: list[Document] = []
     kept_out: list[Document] = []
     mixture = Mixture.of(recipe.tasks)
@@ -83,8 +99,8 @@ def split_documents(recipe: Recipe) -> tuple[list[Document], list[Document]]:
 def demonstration_tokens(
     recipe: Recipe, stage: SFTStage, tokenizer: Tokenizer, first: int = 0
 ) -> Iterator[tuple[list[int], list[float]]]:
-    """Ids and loss weights of a stage's demonstrations, from number `first` on; none of its problems is in pretraining's
-    seed range, since they are drawn under another seed."""
+    """Ids and loss weights of a stage's demonstrations, from number `first` on. They are drawn under a seed of their own,
+    so they are not the problems that pretraining showed (though some may be drawn again by chance)."""
     mixture = Mixture.of(recipe.tasks)
     for problem, shown in demonstrations(mixture, recipe.seed + 1, first, stage.demonstrations, stage.thoughts):
         thought = problem.thought if shown and problem.thought else None

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from glasklar.model.plan import Plan
+
 NAMES = {"pretrain": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement", "distil": "Distillation"}
 
 
@@ -100,3 +102,39 @@ def _shares(scores: dict[str, Any], columns: list[str]) -> list[str]:
 
 def minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def plan_table(plan: Plan) -> Table:
+    """A plan as two columns, its assumptions below."""
+    table = Table("", "", title=f"plan on {plan.hardware}", title_justify="left", show_header=False)
+    rows = {
+        "parameters": f"{count(plan.params_total)} total, {count(plan.params_active)} active a token",
+        "  of prediction modules": count(plan.params_mtp),
+        "FLOPs a trained token": f"{plan.flops_per_token_train:.3g}",
+        "FLOPs a decoded token": f"{plan.flops_per_token_decode:.3g}",
+        "cache a token": f"{plan.cache_bytes_per_token:,} bytes",
+        "memory for training": f"{plan.memory_training_bytes / 1e9:,.2f} GB on {plan.devices_training} device(s)",
+        "memory for serving": f"{plan.memory_serving_bytes / 1e9:,.2f} GB on {plan.devices_serving} device(s)",
+        "decoding": f"{plan.decode_tokens_per_second:,.0f} tokens/s",
+    }
+    for stage in plan.stages:
+        rows[f"stage {stage.name}"] = f"{stage.tokens:.3g} tokens, {duration(stage.hours)}, {stage.energy_kwh:.3g} kWh"
+    if plan.hours is not None:
+        rows["together"] = f"{duration(plan.hours)} of one device, {plan.energy_kwh:,.3g} kWh, {plan.cost_usd:,.2f} USD"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    table.caption = "\n".join(plan.assumptions)
+    table.caption_justify = "left"
+    return table
+
+
+def count(number: float) -> str:
+    """1234567 -> "1.23M"."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.0f}"
+
+
+def duration(hours: float) -> str:
+    return f"{hours * 60:.1f} minutes" if hours < 2 else f"{hours:,.1f} hours"

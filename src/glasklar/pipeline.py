@@ -89,6 +89,8 @@ class Pipeline:
             return
         try:
             self._open()
+            if self.position.stage and not self.position.step:
+                self._evaluate(self.position.stage - 1)  # whatever followed the last checkpoint is done again
             for index in range(self.position.stage, len(self.recipe.stages)):
                 self._stage(index)
             self._release()
@@ -191,13 +193,11 @@ class Pipeline:
 
     def _model_before(self, index: int) -> Transformer:
         """The model as a stage found it: the reference of its KL penalty."""
-        model = build(self.recipe.model, self.model.ops, device=self.runtime.device, dtype=self.runtime.dtype)
-        model.load_state_dict(self.model.state_dict())
         if self.position.step:
-            before = self.recipe.stages[index - 1]
-            folder = self.run.checkpoints / checkpoint_name(index - 1, before.kind, before.steps)
-            tensors, _ = load_state(folder)
-            restore(model, make_optimizer(model, before.optimizer), tensors)
+            model = state_after(self.recipe, self.run.path, index - 1, self.runtime)
+        else:
+            model = build(self.recipe.model, self.model.ops, device=self.runtime.device, dtype=self.runtime.dtype)
+            model.load_state_dict(self.model.state_dict())
         return model.requires_grad_(False)
 
     def _ready(self, stage: RLStage) -> bool:
@@ -320,6 +320,15 @@ class Pipeline:
         save_model(self.model, self.run.model, extra=extra)
         files = {path.name: sha256_file(path) for path in sorted(self.run.model.iterdir())}
         self.run.ledger.append("released", {"files": files, "skipped": self.position.skipped, "seconds": self.seconds})
+
+
+def state_after(recipe: Recipe, run: Path, index: int, runtime: Runtime) -> Transformer:
+    """The model at the end of stage `index` of a run, from its checkpoint. Raises CheckpointError if there is none."""
+    stage = recipe.stages[index]
+    tensors, _ = load_state(RunDir(run).checkpoints / checkpoint_name(index, stage.kind, stage.steps))
+    model = build(recipe.model, select(runtime), device=runtime.device, dtype=runtime.dtype)
+    restore(model, make_optimizer(model, stage.optimizer), tensors)
+    return model
 
 
 def restore(model: Transformer, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from glasklar.model.cost import decode_flops_per_token, training_flops_per_token
+from glasklar.model.cost import decode_flops_per_token, mtp_flops_per_token, training_flops_per_token
 from glasklar.provenance.energy import EnergyMeter
 from glasklar.provenance.ledger import checkpoint_data
 from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
@@ -24,6 +24,8 @@ class Segment:
         self.last: dict[str, Any] = {}
         length = stage.rollout.length if isinstance(stage, RLStage) else stage.length
         self.train_flops = training_flops_per_token(recipe.model, context=length)
+        if stage.language.mtp_weight:
+            self.train_flops += mtp_flops_per_token(recipe.model, context=length)
         self.decode_flops = decode_flops_per_token(recipe.model, context=length // 2)
 
     def line(self, step: int, tokens: int, figures: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class PackedDocuments:
 
     ids       [tokens]
     starts    [documents + 1]: document d is ids[starts[d]:starts[d+1]]
-    weights   [tokens] bool: tokens whose prediction counts
+    weights   [tokens] fp32: how much predicting each token counts
     """
 
     ids: np.ndarray
@@ -58,11 +58,11 @@ class PackedDocuments:
         lengths = np.array([len(ids) for ids, _ in sequences])
         ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in sequences])
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        weights = np.ones(len(ids), dtype=bool)
+        weights = np.ones(len(ids), dtype=np.float32)
         for (_, given), start in zip(sequences, starts[:-1], strict=True):
             if given is not None:
-                weights[start : start + len(given)] = np.asarray(given) > 0
-        weights[starts[:-1]] = False
+                weights[start : start + len(given)] = given
+        weights[starts[:-1]] = 0.0
         return cls(ids, starts, weights)
 
     @classmethod

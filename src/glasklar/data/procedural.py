@@ -11,11 +11,13 @@ from pydantic import Field
 
 from glasklar.config import Section
 from glasklar.data.documents import Document
+from glasklar.data.tokenizer import ASSISTANT, END_THINK, THINK, USER
 from glasklar.tasks.base import Problem, Split, Task
 from glasklar.tasks.catalogue import make_task
 
 ANSWER = {"en": "Answer", "de": "Antwort"}
 LICENCE = "CC0-1.0"
+PAGE = 64  # problem numbers set aside for one page
 
 
 class TaskEntry(Section):
@@ -29,21 +31,27 @@ class TaskEntry(Section):
 
     name: str
     weight: float = Field(default=1.0, gt=0)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     hard: dict[str, Any] | None = None
     reason: bool = True
 
 
 class TaskSource(Section):
-    """Problems written out as plain text for pretraining.
+    """Problems written out for pretraining, in two forms: exercise-book pages and exchanges.
 
-    documents   how many
-    thoughts    share of documents that carry a worked thought; the others give the bare answer
+    documents         how many
+    thoughts          share of problems with a worked thought; the others give the bare answer
+    pages             share of documents that are exercise-book pages: several bare problems of one task, one after another
+    problems_a_page   on such a page
+    question_weight   loss weight of the question in an exchange: its numbers cannot be predicted, only its wording
     """
 
     kind: Literal["tasks"] = "tasks"
     documents: int = Field(ge=1)
     thoughts: float = Field(default=0.5, ge=0, le=1)
+    pages: float = Field(default=0.5, ge=0, le=1)
+    problems_a_page: int = Field(default=3, ge=1)
+    question_weight: float = Field(default=1.0, ge=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -67,23 +75,32 @@ class Mixture:
         return task, task.draw(split, seed, index)
 
 
-def as_text(problem: Problem, thought: bool) -> str:
-    """A problem as a page of a workbook would show it."""
-    middle = f"{problem.thought}\n" if thought and problem.thought else ""
-    return f"{problem.question}\n{middle}{ANSWER[problem.language]}: {problem.answer}"
+def as_exchange(problem: Problem, thought: bool) -> str:
+    """A problem as a person and the model would speak of it; begins after the beginning-of-sentence token."""
+    opening = f"{THINK}{problem.thought}" if thought and problem.thought else ""
+    return f"{USER}{problem.question}{ASSISTANT}{opening}{END_THINK}{problem.answer}"
+
+
+def as_exercise(problem: Problem, thought: bool) -> str:
+    """A bare problem as an exercise book shows it: content, working, result."""
+    working = f"{problem.thought}\n" if thought and problem.thought else ""
+    return f"{problem.key}\n{working}{ANSWER[problem.language]}: {problem.answer}"
 
 
 def documents(source: TaskSource, mixture: Mixture, seed: int) -> Iterator[Document]:
-    """The pretraining documents of a task source: training problems only."""
+    """The pretraining documents of a task source: training problems only. Special tokens in their text are meant."""
     for index in range(source.documents):
-        _, problem = mixture.draw("train", seed, index)
-        thought = _uniform(seed, "thought", index) < source.thoughts
+        rng = random.Random(f"{seed}/form/{index}")
+        task, problem = mixture.draw("train", seed, index)
+        if problem.thought and rng.random() < source.pages:
+            more = [
+                task.draw("train", seed, source.documents + index * PAGE + i) for i in range(1, source.problems_a_page)
+            ]
+            text = "\n".join(as_exercise(each, rng.random() < source.thoughts) for each in [problem, *more])
+        else:
+            text = as_exchange(problem, rng.random() < source.thoughts)
         yield Document(
-            text=as_text(problem, thought),
-            source=f"task:{problem.task}",
-            licence=LICENCE,
-            date="",
-            origin=f"{seed}/train/{index}",
+            text=text, source=f"task:{problem.task}", licence=LICENCE, date="", origin=f"{seed}/train/{index}"
         )
 
 

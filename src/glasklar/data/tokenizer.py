@@ -108,8 +108,13 @@ class Tokenizer:
         """Ids of a text, without any special token."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._inner.encode_batch(texts, add_special_tokens=False)]
+    def encode_many(self, texts: Sequence[str], *, trusted: bool = False) -> list[list[int]]:
+        """Ids of many texts; in `trusted` ones, written by this program itself, special tokens count as such."""
+        self._inner.encode_special_tokens = not trusted
+        try:
+            return [encoding.ids for encoding in self._inner.encode_batch(texts, add_special_tokens=False)]
+        finally:
+            self._inner.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""

@@ -92,7 +92,7 @@ def rl_step(
                 partial(_loss, config=config, balance=balance),
                 rate=rate,
                 balance_speed=balance.balance_speed,
-            )  # fmt: skip
+            )
         )
     return results, vitals
 

@@ -1,0 +1,40 @@
+"""The functions that `import glasklar` offers: those of `api.py` with the machine's runtime and home filled in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from glasklar import api
+from glasklar.loading import Model, find_model
+from glasklar.loading import load as load_folder
+from glasklar.model.plan import Plan
+from glasklar.provenance.rundir import home
+from glasklar.runtime import Runtime, prepare, start
+
+
+def runtime(threads: int | None = None) -> Runtime:
+    """This machine's runtime; call it before other torch work where the thread count matters."""
+    return start(prepare(threads))
+
+
+def load(model: str | Path, *, dtype: str | None = None) -> Model:
+    """A model by run folder, Hugging Face folder or name; `dtype` "float32" or "bfloat16" (default)."""
+    return load_folder(find_model(str(model), home(os.environ)), runtime(), dtype)
+
+
+def train(recipe: str, *, run: str | Path | None = None, seed: int | None = None) -> Path:
+    """Carries out or resumes a recipe (built-in name or path of a TOML file); returns the run folder."""
+    folder = None if run is None else Path(run)
+    return api.train(recipe, runtime=runtime(), home=home(os.environ), run=folder, seed=seed)
+
+
+def evaluate(model: Model, *, split: str = "test", problems: int = 128, samples: int = 16) -> dict[str, Any]:
+    """Accuracy of a model on the tasks of its own recipe; see `api.evaluate`."""
+    return api.evaluate(model, split=split, problems=problems, samples=samples)
+
+
+def plan(target: str, *, hardware: str = "cpu-2-cores", tokens: float | None = None) -> Plan:
+    """What a recipe, a published shape or a model asks of a machine; see `api.plan`."""
+    return api.plan(target, hardware=hardware, home=home(os.environ), tokens=tokens)

@@ -1,0 +1,29 @@
+"""Shared fixtures: one thread and fp32-exact settings, so that tests give the same bits wherever they run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from glasklar.runtime import Runtime, prepare, start
+
+# Before torch is loaded by any test.
+prepare(int(os.environ.get("GLASKLAR_THREADS", "2")))
+
+SMOKE = Path(__file__).with_name("smoke.toml")
+
+
+@pytest.fixture(scope="session")
+def runtime() -> Runtime:
+    return start(int(os.environ["OMP_NUM_THREADS"]), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> Path:
+    """A finished run of the smoke recipe, made once for all tests; read it, do not change it."""
+    from glasklar import api
+
+    home = tmp_path_factory.mktemp("home")
+    return api.train(str(SMOKE), runtime=runtime, home=home)

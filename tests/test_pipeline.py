@@ -1,0 +1,169 @@
+"""A whole run: complete, repeatable to the bit, and resumable from a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import SMOKE
+from glasklar import api
+from glasklar.errors import CheckpointError
+from glasklar.provenance.hashing import sha256_file
+from glasklar.provenance.ledger import read_ledger
+from glasklar.provenance.metrics import read_metrics
+from glasklar.runtime import Runtime
+from glasklar.train.state import saved_hash
+
+KILLS = 10
+
+
+def state_hashes(run: Path) -> dict[str, str]:
+    """The last recorded state of every checkpoint step, over all stages."""
+    events, _ = read_ledger(run / "ledger.jsonl")
+    return {
+        f"{event.data['stage']} {event.data['step']}": event.data["state_hash"]
+        for event in events
+        if event.event == "checkpoint"
+    }
+
+
+def weights(run: Path) -> str:
+    return sha256_file(run / "model" / "model.safetensors")
+
+
+def test_a_run_leaves_everything_that_it_promises(smoke_run: Path) -> None:
+    for name in ("recipe.toml", "recipe.json", "ledger.jsonl", "metrics.jsonl", "report.md", "report.html"):
+        assert (smoke_run / name).stat().st_size > 0, name
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.json"):
+        assert (smoke_run / "model" / name).stat().st_size > 0, name
+    events = [event.event for event in read_ledger(smoke_run / "ledger.jsonl")[0]]
+    assert events[:3] == ["run", "data", "tokenizer"]
+    assert events[-1] == "released"
+    assert events.count("evaluation") == 2
+
+
+def test_metrics_hold_every_step_once(smoke_run: Path) -> None:
+    steps = [(line["stage"], line["step"]) for line in read_metrics(smoke_run / "metrics.jsonl") if "stage" in line]
+    wanted = [(kind, step + 1) for kind, count in (("pretrain", 8), ("sft", 4), ("rl", 4)) for step in range(count)]
+    assert steps == wanted
+
+
+def test_a_second_run_gives_the_same_states(smoke_run: Path, tmp_path: Path, runtime: Runtime) -> None:
+    again = api.train(str(SMOKE), runtime=runtime, home=tmp_path)
+    assert state_hashes(again) == state_hashes(smoke_run)
+    assert weights(again) == weights(smoke_run)
+
+
+def test_another_seed_gives_other_states(smoke_run: Path, tmp_path: Path, runtime: Runtime) -> None:
+    other = api.train(str(SMOKE), runtime=runtime, home=tmp_path, seed=4)
+    assert not set(state_hashes(other).values()) & set(state_hashes(smoke_run).values())
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_weights(smoke_run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "glasklar.cli", "train", str(SMOKE), "--run", str(tmp_path / "run")]
+    rng = random.Random(5)
+    killed: list[str] = []
+    while len(killed) < KILLS:
+        before = _progress(tmp_path / "run")
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        # The run is killed once it has gone a little further than it was, at a random moment.
+        while _progress(tmp_path / "run") <= before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        killed.append(str(_progress(tmp_path / "run")))
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert len(killed) >= KILLS // 2, killed
+    assert weights(tmp_path / "run") == weights(smoke_run)
+    assert state_hashes(tmp_path / "run") == state_hashes(smoke_run)
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "stage" in line]
+    assert len(lines) == 16
+
+
+def _progress(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_another_recipe_under_the_same_name_is_refused(smoke_run: Path, tmp_path: Path, runtime: Runtime) -> None:
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    before = {path: sha256_file(path) for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"another recipe: seed = 3 there, 9 in this recipe"):
+        api.train(str(SMOKE), runtime=runtime, home=tmp_path, run=run, seed=9)
+    assert {path: sha256_file(path) for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_named(smoke_run: Path, tmp_path: Path, runtime: Runtime) -> None:
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    _undo_release(run)
+    newest = max((run / "checkpoints").iterdir(), key=lambda path: path.name)
+    damaged = newest / "state.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(CheckpointError, match="state.safetensors"):
+        api.train(str(SMOKE), runtime=runtime, home=tmp_path, run=run)
+    assert not (run / "model").exists()
+
+
+def test_a_run_without_its_release_releases_the_same_model(smoke_run: Path, tmp_path: Path, runtime: Runtime) -> None:
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    _undo_release(run)
+    api.train(str(SMOKE), runtime=runtime, home=tmp_path, run=run)
+    assert weights(run) == weights(smoke_run)
+
+
+def _undo_release(run: Path) -> None:
+    """As if the process had died between the last checkpoint and the release."""
+    shutil.rmtree(run / "model")
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if json.loads(line)["event"] == "checkpoint")
+    (run / "ledger.jsonl").write_bytes(b"".join(lines[: last + 1]))
+
+
+def test_rl_does_not_begin_on_a_model_that_is_not_ready(tmp_path: Path, runtime: Runtime) -> None:
+    text = SMOKE.read_text().replace("accuracy = 0.0, margin = 0.0", "accuracy = 0.9, margin = 0.2")
+    (tmp_path / "strict.toml").write_text(text)
+    run = api.train(str(tmp_path / "strict.toml"), runtime=runtime, home=tmp_path)
+    events = {event.event: event.data for event in read_ledger(run / "ledger.jsonl")[0]}
+    assert events["readiness"]["ready"] is False
+    assert events["released"]["skipped"] == ["rl"]
+    assert (run / "model" / "config.json").exists()
+
+
+def test_checkpoints_know_their_hash(smoke_run: Path) -> None:
+    recorded = set(state_hashes(smoke_run).values())
+    kept = [saved_hash(folder) for folder in (smoke_run / "checkpoints").iterdir()]
+    assert len(kept) >= 3
+    assert set(kept) <= recorded
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_is_said_and_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    try:
+        command = [sys.executable, "-m", "glasklar.cli", "train", str(SMOKE), "--run", str(disk / "run")]
+        full = subprocess.run(command, capture_output=True, text=True)
+        assert full.returncode == 2, full.stderr
+        assert "space" in full.stderr or "full" in full.stderr
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert subprocess.run(command, capture_output=True).returncode == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
