@@ -1,4 +1,4 @@
-"""The verbs. Human output goes to the terminal, JSON to stdout, logs to stderr; exit code 2: the caller's mistake, 1: ours."""
+"""The verbs. People read the terminal, programs JSON on stdout, logs go to stderr; exit code 2: the caller, 1: us."""
 
 from __future__ import annotations
 
@@ -195,6 +195,7 @@ def main() -> None:
             err.print(f"[bold red]error[/] {error.format_message()}", highlight=False)
             sys.exit(2)
         raise
+
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""From a recipe's sources to packed tokens in the run folder: documents, hashes, tokenizer, training and held-out parts.
+"""From a recipe's sources to packed tokens in the run folder: documents, hashes, tokenizer, held-out part.
 
 Made once per run; a later start finds the files, checks their hashes and goes on.
 """
@@ -83,7 +83,7 @@ def _encoded(recipe: Recipe, train: list[Document], tokenizer: Tokenizer) -> Ite
 
 
 def split_documents(recipe: Recipe) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents. Problems of tasks have their own splits; of text, whole documents are held out."""
+    """Training and held-out documents. Problems have splits of their own; of text, whole documents are held out."""
     train: list[Document] = []
     kept_out: list[Document] = []
     mixture = Mixture.of(recipe.tasks)
@@ -99,8 +99,8 @@ def split_documents(recipe: Recipe) -> tuple[list[Document], list[Document]]:
 def demonstration_tokens(
     recipe: Recipe, stage: SFTStage, tokenizer: Tokenizer, first: int = 0
 ) -> Iterator[tuple[list[int], list[float]]]:
-    """Ids and loss weights of a stage's demonstrations, from number `first` on. They are drawn under a seed of their own,
-    so they are not the problems that pretraining showed (though some may be drawn again by chance)."""
+    """Ids and loss weights of a stage's demonstrations, from number `first` on. They are drawn under another seed, so
+    they are not the problems that pretraining showed (though some may be drawn again by chance)."""
     mixture = Mixture.of(recipe.tasks)
     for problem, shown in demonstrations(mixture, recipe.seed + 1, first, stage.demonstrations, stage.thoughts):
         thought = problem.thought if shown and problem.thought else None

@@ -28,6 +28,7 @@ class TerminalReporter:
         )
         self.task: TaskID | None = None
         self.accuracy: float | None = None
+        self.warned: set[str] = set()
 
     def __enter__(self) -> TerminalReporter:
         self.progress.start()
@@ -51,6 +52,10 @@ class TerminalReporter:
         else:
             parts.insert(0, f"loss {line['loss']:.3f}")
         self.progress.update(self.task, completed=line["step"], news=" · ".join(parts))
+        for warning in line.get("warnings", ()):
+            if warning.split(":")[-1] not in self.warned:  # the figures change every step, the advice does not
+                self.warned.add(warning.split(":")[-1])
+                self.progress.console.print(f"[yellow]· doctor, step {line['step']}: {warning}[/]")
 
     def evaluation(self, line: dict[str, Any]) -> None:
         if "mean" in line:

@@ -1,4 +1,4 @@
-"""From what a person calls a model to a network with its tokenizer: a run, a Hugging Face folder, or a built-in name."""
+"""From what a person calls a model to a network with its tokenizer: a run, a Hugging Face folder, or a name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def find_model(name: str, home: Path) -> Path:
                 return candidate
         if (folder / "recipe.json").is_file():
             raise CheckpointError(
-                f"{folder}: this run has released no model yet; go on with: glasklar train {folder / 'recipe.toml'} --run {folder}"
+                f"{folder}: no model released yet; go on with: glasklar train {folder / 'recipe.toml'} --run {folder}"
             )
     runs = home / "runs"
     known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
@@ -75,7 +75,7 @@ def find_model(name: str, home: Path) -> Path:
 
 
 def load(folder: Path | str, runtime: Runtime, dtype: str | None = None) -> Model:
-    """Loads network and tokenizer of a Hugging Face folder; `dtype` "float32" or "bfloat16" (default: the runtime's)."""
+    """Loads network and tokenizer of a Hugging Face folder; `dtype`: "float32" or "bfloat16" (else the runtime's)."""
     folder = Path(folder)
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")

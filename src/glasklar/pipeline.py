@@ -31,6 +31,7 @@ from glasklar.provenance.hashing import sha256_file
 from glasklar.provenance.metrics import START
 from glasklar.provenance.rundir import RunDir
 from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
+from glasklar.rl.doctor import NORMAL
 from glasklar.runtime import Runtime
 from glasklar.segment import Segment
 from glasklar.stages import LanguageRunner, PolicyRunner, Runner
@@ -217,6 +218,8 @@ class Pipeline:
             "above direct answers; pretrain longer or make the tasks easier"
         )
         self.reporter.note(f"right with thinking {thinking:.0%}, without {direct:.0%}: {verdict}")
+        if ready:
+            self.reporter.note(NORMAL)
         return ready
 
     # --- what is recorded -----------------------------------------------------------------------------------------
@@ -227,7 +230,7 @@ class Pipeline:
         return self.seconds_before + time.monotonic() - self.started
 
     def _segment(self, stage: AnyStage) -> Segment:
-        return Segment(stage, self.recipe, EnergyMeter().start())
+        return Segment(stage, self.recipe, EnergyMeter(self.runtime.device).start())
 
     def _report(self, line: dict[str, Any]) -> None:
         self.run.metrics.append(line)

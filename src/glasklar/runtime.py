@@ -1,4 +1,4 @@
-"""The machine: device, precision, threads. Decided once at start, passed down; nobody below asks the environment again."""
+"""The machine: device, precision, threads. Decided once at start, passed down; nobody below asks again."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def start(threads: int, device: Device | None = None, compute: Precision = "bf16
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device = 'cuda': this torch sees no GPU; use device = 'cpu' or install a CUDA build of torch")
+        raise RecipeError(
+            "device = 'cuda': this torch sees no GPU; use device = 'cpu' or install a CUDA build of torch"
+        )
     return Runtime(device=device, compute=compute, threads=threads)
 
 

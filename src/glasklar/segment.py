@@ -1,4 +1,4 @@
-"""The stretch between two checkpoints: what the terminal, the metrics and the ledger say of its time, work and energy."""
+"""The stretch between two checkpoints: its time, work and energy, for terminal, metrics and ledger."""
 
 from __future__ import annotations
 

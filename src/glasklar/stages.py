@@ -1,4 +1,4 @@
-"""The stages of a recipe as runners: `step(k)` does step number k, which follows from the weights, the seed and k alone."""
+"""The stages of a recipe as runners: `step(k)` follows from the weights, the seed and k alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from glasklar.data.tokenizer import Tokenizer
 from glasklar.engine.engine import Engine
 from glasklar.model.transformer import Transformer
 from glasklar.recipe import PretrainStage, RLStage, SFTStage
+from glasklar.rl.doctor import examine
 from glasklar.rl.loop import rl_step
 from glasklar.train.loop import StepResult, train_step
 from glasklar.train.objectives import language_loss
@@ -79,7 +80,9 @@ class PolicyRunner:
             step=k,
             rate=stage.schedule.factor(k, stage.steps),
         )
-        return {**figures(results), **vitals}
+        line = {**figures(results), **vitals}
+        warnings = examine(line)
+        return {**line, "warnings": warnings} if warnings else line
 
 
 def split_rows(batch: Batch, micro: int) -> list[Batch]:

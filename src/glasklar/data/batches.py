@@ -211,7 +211,7 @@ def _insert(open_rows: list[tuple[int, list[int]]], row: tuple[int, list[int]]) 
 
 
 def _pieces(starts: np.ndarray, length: int) -> np.ndarray:
-    """[pieces, 2] begin and end in the flat ids: documents whole, or cut into pieces of `length`; lone tokens dropped."""
+    """[pieces, 2] begin and end in the flat ids: whole documents, or cut into pieces of `length`; no lone tokens."""
     spans = [
         (begin, min(begin + length, end))
         for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)

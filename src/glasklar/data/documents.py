@@ -1,4 +1,4 @@
-"""Sources to documents: text folders, JSON lines, the standard library of Python. Read in an order that is their content's."""
+"""Sources to documents: text folders, JSON lines, Python's standard library. Their order is their content's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems of the tasks as training text, demonstrations and prompts: finite or endless, always in an order fixed by a seed."""
+"""Problems of the tasks as training text, demonstrations and prompts, always in an order fixed by a seed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TaskSource(Section):
 
     documents         how many
     thoughts          share of problems with a worked thought; the others give the bare answer
-    pages             share of documents that are exercise-book pages: several bare problems of one task, one after another
+    pages             share of documents that are exercise-book pages: several bare problems of one task
     problems_a_page   on such a page
     question_weight   loss weight of the question in an exchange: its numbers cannot be predicted, only its wording
     """

@@ -1,4 +1,4 @@
-"""Text to ids and back: byte-level BPE with single digits, trained on a recipe's own documents, in Hugging Face form on disk."""
+"""Text to ids and back: byte-level BPE with single digits, in Hugging Face form on disk."""
 
 from __future__ import annotations
 

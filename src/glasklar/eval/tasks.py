@@ -94,7 +94,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 MEANS = {
-    "greedy": "greedy", "thinking": "thinking", "direct": "direct", "pass@1": "pass1", "pass@16": "pass_k", "length": "length",
+    "greedy": "greedy", "thinking": "thinking", "direct": "direct", "pass@1": "pass1", "pass@16": "pass_k",
+    "length": "length",
 }  # fmt: skip
 
 

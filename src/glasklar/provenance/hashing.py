@@ -47,7 +47,7 @@ def merkle_root(leaves: Iterable[bytes]) -> str:
 
 
 def inclusion_proof(leaves: Sequence[bytes], leaf: bytes) -> list[tuple[str, str]]:
-    """Siblings on the way from `leaf` to the root, each as ("left"|"right", hex hash). ValueError if it is not there."""
+    """Siblings on the way from `leaf` to the root, each as ("left"|"right", hex hash). ValueError if it is not one."""
     level = sorted(leaves)
     index = level.index(leaf)
     proof = []

@@ -84,7 +84,7 @@ def language_loss(model: Transformer, batch: Batch, config: LanguageConfig) -> L
 def prediction_loss(
     model: Transformer, output: Output, at: Positions, batch: Batch
 ) -> tuple[Tensor, list[Routing | None]]:
-    """Mean loss over the depths of multi-token prediction: depth k joins the state at i with token i+k, predicts i+k+1."""
+    """Mean loss over the depths of multi-token prediction: depth k joins state i with token i+k, predicts i+k+1."""
     hidden_BTD, losses, routings = output.hidden_BTD, [], []
     for depth, module in enumerate(model.mtp, start=1):
         known_BT, _ = targets(batch, depth)
