@@ -187,7 +187,8 @@ def save_for_ever(step):
         step += 1
         tensors = {"w": torch.full((30_000,), float(step))}
         save_state(folder / checkpoint_name(0, "pretrain", step), tensors, {"step": step})
-        report.write_text(str(step))
+        report.with_suffix(".new").write_text(str(step))
+        os.replace(report.with_suffix(".new"), report)  # or a kill may find it empty
         prune(folder, keep=2)
 
 draw, step, cut_short = random.Random(0), 0, 0
