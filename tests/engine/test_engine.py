@@ -17,7 +17,7 @@ from glasklar.model.attention import document_mask
 from glasklar.model.config import ModelConfig
 from glasklar.model.init import build, initialise
 from glasklar.model.transformer import Transformer
-from glasklar.ops.select import TABLES
+from glasklar.ops.select import tables
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 96, "intermediate_size": 48, "initializer_range": 0.3}  # fmt: skip
@@ -30,7 +30,7 @@ CONFIGS = {"mla": MLA, "gqa": GQA}
 
 
 def make(config: ModelConfig, ops: str = "reference", dtype: torch.dtype = torch.float32) -> Transformer:
-    return initialise(build(config, TABLES[ops], dtype=dtype), 3)
+    return initialise(build(config, tables()[ops], dtype=dtype), 3)
 
 
 @pytest.fixture(params=CONFIGS)
@@ -105,7 +105,7 @@ def test_greedy_mix_of_arrivals_and_cancellations_against_full_recomputation(mod
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("ops", TABLES)
+@pytest.mark.parametrize("ops", tables())
 def test_sampled_answers_are_the_same_alone_and_in_a_batch(model: Transformer, ops: str) -> None:
     model = make(model.config, ops)
     asked = prompts(20)
@@ -137,7 +137,7 @@ def test_logprobs_against_full_pass(model: Transformer) -> None:
         np.testing.assert_allclose([[p for _, p in row] for row in answer.alternatives], best.values, atol=1e-4)
 
 
-@pytest.mark.parametrize("ops", TABLES)
+@pytest.mark.parametrize("ops", tables())
 def test_bf16_logprobs_near_full_pass(ops: str) -> None:
     model = make(MLA.replace(initializer_range=0.1), ops, torch.bfloat16)
     answers = Engine(model).generate(prompts(6), SamplingParams(max_tokens=9, temperature=1.0))

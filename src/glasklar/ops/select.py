@@ -12,6 +12,8 @@ import torch
 
 from glasklar.errors import RecipeError
 from glasklar.ops import inference, reference, torch_cpu
+from glasklar.ops.cpu.functions import CpuKernels
+from glasklar.ops.cpu.library import VARIANTS, load
 from glasklar.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -51,13 +53,40 @@ TORCH_CPU = Ops(
     experts=_by_gradient(torch_cpu.experts, inference.experts),
     token_logprobs=_by_gradient(torch_cpu.token_logprobs, reference.token_logprobs),
 )
-TABLES = {table.name: table for table in (REFERENCE, TORCH_CPU)}
+
+
+def compiled(variant: str) -> Ops | None:
+    """The table of one build of the C++ kernels; None where it was not compiled or this CPU cannot run it."""
+    library = load(variant)
+    if library is None:
+        return None
+    kernels = CpuKernels(library)
+    return Ops(
+        name=variant,
+        rms_norm=kernels.rms_norm,
+        rotate=kernels.rotate,
+        attention=_by_gradient(kernels.attention, inference.attention),
+        swiglu=kernels.swiglu,
+        route=kernels.route,
+        experts=_by_gradient(kernels.experts, inference.experts),
+        token_logprobs=kernels.token_logprobs,
+    )
+
+
+@functools.cache
+def tables() -> dict[str, Ops]:
+    """All tables that run on this machine, fastest for the CPU first."""
+    found = [table for table in map(compiled, VARIANTS) if table is not None]
+    return {table.name: table for table in (*found, TORCH_CPU, REFERENCE)}
 
 
 def select(runtime: Runtime, wanted: str | None = None) -> Ops:
     """Ops for this runtime; `wanted` forces one table by name. Raises RecipeError for an unknown name."""
-    name = wanted or ("torch_cpu" if runtime.device == "cpu" else "reference")
-    if name not in TABLES:
-        raise RecipeError(f"ops = {name!r}: known tables are {', '.join(TABLES)}")
+    known = tables()
+    name = wanted or (next(iter(known)) if runtime.device == "cpu" else "reference")
+    if name not in known:
+        raise RecipeError(f"ops = {name!r}: this machine has {', '.join(known)}")
     log.info("ops: %s on %s", name, runtime.device)
-    return TABLES[name]
+    if runtime.device == "cpu" and wanted is None and name == TORCH_CPU.name:
+        log.warning("the C++ kernels are not built (no compiler at installation?): training takes longer without them")
+    return known[name]

@@ -1,0 +1,303 @@
+"""The compiled kernels as differentiable operations with the signatures of `ops/reference.py`."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glasklar.ops.cpu.library import Library
+
+# Parts in which gradients of norm weights are summed (`CHUNKS` in pointwise.hpp).
+CHUNKS = 32
+
+Grads = tuple[Tensor | None, ...]
+
+
+def _numbers(*values: int) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[rows, last axis], contiguous within a row; a copy only where strides do not allow a view."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> Any:
+    """Strides of [B, heads, positions, width] tensors, without the last one."""
+    return _numbers(*(stride for tensor in tensors for stride in tensor.stride()[:3]))
+
+
+def _by_position(B: int, H: int, T: int, width: int, like: Tensor) -> Tensor:
+    """[B, H, T, width] that lies in memory as [B, T, H, width], as the projections around attention want it."""
+    return like.new_empty(B, T, H, width).transpose(1, 2)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, library: Library) -> Tensor:
+        rows = _rows(x)
+        n, D = rows.shape
+        y, inverse = x.new_empty(x.shape), x.new_empty(n, dtype=torch.float32)
+        library("rms_norm_forward", x.dtype)(
+            rows.data_ptr(), rows.stride(0), weight.data_ptr(), eps, y.data_ptr(), inverse.data_ptr(),
+            n, D, torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.library = library
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        x, weight, inverse = ctx.saved_tensors
+        rows, grad = _rows(x), grads[0].contiguous()
+        n, D = rows.shape
+        grad_x, grad_weight = x.new_empty(x.shape), torch.empty_like(weight)
+        partial = x.new_empty(CHUNKS, D, dtype=torch.float32)
+        ctx.library("rms_norm_backward", x.dtype)(
+            rows.data_ptr(), rows.stride(0), weight.data_ptr(), inverse.data_ptr(), grad.data_ptr(), grad_x.data_ptr(),
+            partial.data_ptr(), grad_weight.data_ptr(), n, D, torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_x, grad_weight, None, None
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: nothing is kept but the angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleave: bool, library: Library) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleave, ctx.library = interleave, library
+        return _turn(x, cos, sin, 1.0, interleave, library)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, -1.0, ctx.interleave, ctx.library), None, None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float, interleave: bool, library: Library) -> Tensor:
+    y = x.new_empty(x.shape)
+    x = _dense(x)
+    wide = x if x.ndim == 4 else x[:, :, None]
+    B, T, H, R = wide.shape
+    cos, sin = (_dense(a.reshape(B, T, R // 2)) for a in (cos, sin))
+    library("rotate", x.dtype)(
+        wide.data_ptr(), _strides(wide), cos.data_ptr(), sin.data_ptr(), _numbers(*cos.stride()[:2]), direction,
+        int(interleave), y.data_ptr(), B, T, H, R, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, library: Library) -> Tensor:
+        (B, H, T, K), (G, S), V = q.shape, k.shape[1:3], v.shape[-1]
+        q, k, v, mask = _dense(q), _dense(k), _dense(v), mask.to(q.dtype).contiguous()
+        out = _by_position(B, H, T, V, q)
+        log_sums = q.new_empty(B, H, T, dtype=torch.float32)
+        library("attention_forward", q.dtype)(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(), scale, out.data_ptr(), log_sums.data_ptr(),
+            _numbers(B, H, G, T, S, K, V), _strides(q, k, v, out), torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, mask, out, log_sums)
+        ctx.scale, ctx.library = scale, library
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        q, k, v, mask, out, log_sums = ctx.saved_tensors
+        (B, H, T, K), (G, S), V = q.shape, k.shape[1:3], v.shape[-1]
+        grad = _dense(grads[0])
+        grad_q, grad_k, grad_v = (
+            _by_position(B, heads, n, width, q) for heads, n, width in ((H, T, K), (G, S, K), (G, S, V))
+        )
+        ctx.library("attention_backward", q.dtype)(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(), ctx.scale, out.data_ptr(), grad.data_ptr(),
+            log_sums.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(),
+            _numbers(B, H, G, T, S, K, V), _strides(q, k, v, out, grad, grad_q, grad_k, grad_v),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, library: Library) -> Tensor:
+        gate_up = gate_up.contiguous()
+        *outer, width = gate_up.shape
+        y = gate_up.new_empty(*outer, width // 2)
+        library("swiglu_forward", y.dtype)(
+            gate_up.data_ptr(), y.data_ptr(), gate_up.numel() // width, width // 2, torch.get_num_threads()
+        )
+        ctx.save_for_backward(gate_up)
+        ctx.library = library
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        (gate_up,) = ctx.saved_tensors
+        grad, grad_gate_up = grads[0].contiguous(), torch.empty_like(gate_up)
+        width = gate_up.shape[-1]
+        ctx.library("swiglu_backward", grad.dtype)(
+            gate_up.data_ptr(), grad.data_ptr(), grad_gate_up.data_ptr(), gate_up.numel() // width, width // 2,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_gate_up, None
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, bias: Tensor | None, shape: tuple[int, ...], scaling: float, library: Library
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = logits.float().contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        T, active = len(logits), shape[1]
+        ids, weights = logits.new_empty(T, active, dtype=torch.int64), logits.new_empty(T, active)
+        scores = torch.empty_like(logits)
+        library("route_forward", torch.float32)(
+            logits.data_ptr(), None if bias is None else bias.data_ptr(), ids.data_ptr(), weights.data_ptr(),
+            scores.data_ptr(), T, _numbers(*shape), scaling, torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(ids, scores)
+        ctx.shape, ctx.scaling, ctx.library = shape, scaling, library
+        ctx.mark_non_differentiable(ids)
+        ctx.set_materialize_grads(False)
+        return ids, weights, scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        ids, scores = ctx.saved_tensors
+        grad_weights, grad_scores = grads[1], grads[2]
+        grad_weights = torch.zeros(ids.shape) if grad_weights is None else grad_weights.contiguous()
+        grad_scores = None if grad_scores is None else grad_scores.contiguous()
+        grad_logits = torch.empty_like(scores)
+        ctx.library("route_backward", torch.float32)(
+            ids.data_ptr(), scores.data_ptr(), grad_weights.data_ptr(),
+            None if grad_scores is None else grad_scores.data_ptr(), grad_logits.data_ptr(),
+            len(ids), _numbers(*ctx.shape), ctx.scaling, torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_logits, None, None, None, None
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, library: Library
+    ) -> Tensor:
+        x, ids, weights = x.contiguous(), ids.contiguous(), weights.float().contiguous()
+        (T, A), (E, D, F_) = ids.shape, down.shape
+        rows = T * A
+        y, results, hidden = torch.empty_like(x), x.new_empty(rows, D), x.new_empty(rows, 2 * F_)
+        choice, place = (ids.new_empty(rows, dtype=torch.int32) for _ in range(2))
+        start = ids.new_empty(E + 1, dtype=torch.int32)
+        library("experts_forward", x.dtype)(
+            x.data_ptr(), ids.data_ptr(), weights.data_ptr(), gate_up.data_ptr(), down.data_ptr(), y.data_ptr(),
+            hidden.data_ptr(), results.data_ptr(), choice.data_ptr(), place.data_ptr(), start.data_ptr(),
+            _numbers(T, A, E, D, F_), torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weights, gate_up, down, hidden, choice, place, start)
+        ctx.library = library
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        x, weights, gate_up, down, hidden, choice, place, start = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        (T, A), (E, D, F_) = weights.shape, down.shape
+        grad_x, grad_weights = torch.empty_like(x), torch.empty_like(weights)
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        grad_hidden, gated, grad_rows = torch.empty_like(hidden), x.new_empty(T * A, F_), x.new_empty(T * A, D)
+        ctx.library("experts_backward", x.dtype)(
+            x.data_ptr(), weights.data_ptr(), gate_up.data_ptr(), down.data_ptr(), hidden.data_ptr(), grad.data_ptr(),
+            grad_x.data_ptr(), grad_weights.data_ptr(), grad_gate_up.data_ptr(), grad_down.data_ptr(),
+            grad_hidden.data_ptr(), gated.data_ptr(), grad_rows.data_ptr(),
+            choice.data_ptr(), place.data_ptr(), start.data_ptr(), _numbers(T, A, E, D, F_), torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_x, None, grad_weights, grad_gate_up, grad_down, None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, library: Library) -> tuple[Tensor, Tensor]:
+        logits, targets = F.linear(hidden, head), targets.contiguous()
+        T, W = logits.shape
+        logprobs, entropy, log_sums = (logits.new_empty(T, dtype=torch.float32) for _ in range(3))
+        library("logprobs_forward", logits.dtype)(
+            logits.data_ptr(), targets.data_ptr(), logprobs.data_ptr(), entropy.data_ptr(), log_sums.data_ptr(),
+            T, W, torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(hidden, head, targets, logits, log_sums)
+        ctx.library = library
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        hidden, head, targets, logits, log_sums = ctx.saved_tensors
+        grad, grad_logits = grads[0].contiguous(), torch.empty_like(logits)
+        T, W = logits.shape
+        ctx.library("logprobs_backward", logits.dtype)(
+            logits.data_ptr(), targets.data_ptr(), log_sums.data_ptr(), grad.data_ptr(), grad_logits.data_ptr(),
+            T, W, torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_logits @ head, grad_logits.t() @ hidden, None, None
+
+
+class CpuKernels:
+    """The operations on one compiled library; each as its namesake in `ops/reference.py`."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _RmsNorm.apply(x, weight.to(x.dtype), eps, self.library)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
+        return _Rotate.apply(x, cos, sin, interleave, self.library)
+
+    def attention(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:
+        return _Attention.apply(q_BHTK, k_BGSK, v_BGSV, mask_BTS, scale, self.library)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return _Swiglu.apply(gate_up, self.library)
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        bias_E: Tensor | None,
+        *,
+        active: int,
+        groups: int,
+        groups_kept: int,
+        scoring: str,
+        normalise: bool,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (logits_TE.shape[1], active, groups, groups_kept, int(scoring == "sigmoid"), int(normalise))
+        return _Route.apply(logits_TE, bias_E, shape, scaling, self.library)
+
+    def experts(
+        self, x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        return _Experts.apply(x_TD, ids_TA, weights_TA, gate_up_EFD, down_EDF, self.library)
+
+    def token_logprobs(self, hidden_TD: Tensor, head_WD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+        return _TokenLogprobs.apply(hidden_TD, head_WD, targets_T, self.library)

@@ -1,0 +1,79 @@
+"""Finds and loads the compiled kernels. They are C functions on plain pointers: nothing of torch is linked, and a
+machine without a compiler installs and runs glasklar without them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Table name -> extension module; fastest first, with the level of CPU that it needs (`glasklar_level` in kernels.cpp).
+VARIANTS = {"cpu_avx512": ("_avx512", 2), "cpu_avx2": ("_avx2", 1), "cpu_plain": ("_plain", 0)}
+
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+# Arguments of each function: p pointer, l int64, i int, f float.
+BY_TYPE = {
+    "rms_norm_forward": "plpfpplli",
+    "rms_norm_backward": "plpppppplli",
+    "swiglu_forward": "pplli",
+    "swiglu_backward": "ppplli",
+    "rotate": "ppppp" + "fip" + "lllli",
+    "logprobs_forward": "ppppplli",
+    "logprobs_backward": "ppppplli",
+    "attention_forward": "ppppfppppi",
+    "attention_backward": "ppppfpppppppp" + "i",
+    "experts_forward": "pppppp" + "ppppp" + "pi",
+    "experts_backward": "pppppp" + "pppp" + "ppp" + "ppp" + "pi",
+}
+FOR_FLOAT = {"route_forward": "ppppplpfi", "route_backward": "ppppplpfi"}
+
+KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+
+
+class Library:
+    """One compiled variant. `library("swiglu_forward", dtype)` is the C function for tensors of that type."""
+
+    def __init__(self, path: str) -> None:
+        handle = ctypes.CDLL(path)
+        self.level: int = handle.glasklar_level()
+        self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
+        for name, kinds in BY_TYPE.items():
+            for dtype, suffix in SUFFIX.items():
+                self._functions[name, dtype] = _declare(handle, f"{name}_{suffix}", kinds)
+        for name, kinds in FOR_FLOAT.items():
+            self._functions[name, torch.float32] = _declare(handle, name, kinds)
+
+    def __call__(self, name: str, dtype: torch.dtype) -> Callable[..., None]:
+        try:
+            return self._functions[name, dtype]
+        except KeyError:
+            raise TypeError(f"{name}: no kernel for {dtype}; use float32, bfloat16 or ops = 'torch_cpu'") from None
+
+
+def _declare(handle: ctypes.CDLL, symbol: str, kinds: str) -> Callable[..., None]:
+    function: Any = getattr(handle, symbol)
+    function.argtypes = [KINDS[kind] for kind in kinds]
+    function.restype = None
+    return function
+
+
+@functools.cache
+def load(variant: str) -> Library | None:
+    """The library of a variant, or None where it was not compiled or this CPU cannot run it."""
+    module, level = VARIANTS[variant]
+    # The plain build tells what the CPU can do; loading another one is safe only after that.
+    plain = _open("_plain")
+    if plain is None or plain.level < level:
+        return None
+    return _open(module)
+
+
+@functools.cache
+def _open(module: str) -> Library | None:
+    spec = importlib.util.find_spec(f"{__package__}.{module}")
+    return None if spec is None or spec.origin is None else Library(spec.origin)

@@ -1,0 +1,177 @@
+// Work between the products, each in one pass over memory: norms, gates, rotations, log-probabilities, routing.
+//
+// Sums over rows (gradients of norm weights) are taken in CHUNKS fixed parts, so that they do not depend on the number of
+// threads.
+#pragma once
+
+#include "vector.hpp"
+
+namespace glasklar {
+
+constexpr int CHUNKS = 32;
+
+template <class T>
+void rms_norm_forward_row(const T* x, const T* weight, float eps, T* y, float* inverse, int D) {
+    Floats squares{};
+    each_vector(D, [&](int i, int n) {
+        Floats v = take(x + i, n);
+        squares += v * v;
+    });
+    float r = 1.0f / std::sqrt(sum(squares) / float(D) + eps);
+    *inverse = r;
+    each_vector(D, [&](int i, int n) { give(y + i, take(x + i, n) * r * take(weight + i, n), n); });
+}
+
+// `total` [D] gathers the gradient of the weight.
+template <class T>
+void rms_norm_backward_row(const T* x, const T* weight, float r, const T* grad, T* grad_x, float* total, int D) {
+    Floats dot{};
+    each_vector(D, [&](int i, int n) {
+        Floats v = take(x + i, n), g = take(grad + i, n);
+        dot += v * g * take(weight + i, n);
+        give(total + i, take(total + i, n) + g * v * r, n);
+    });
+    float mean = sum(dot) * r * r / float(D);
+    each_vector(D, [&](int i, int n) {
+        give(grad_x + i, (take(grad + i, n) * take(weight + i, n) - take(x + i, n) * mean) * r, n);
+    });
+}
+
+template <class T>
+void swiglu_forward_row(const T* gate_up, T* y, int F) {
+    each_vector(F, [&](int i, int n) {
+        Floats gate = take(gate_up + i, n);
+        give(y + i, gate * sigmoid(gate) * take(gate_up + F + i, n), n);
+    });
+}
+
+// Gradients of gate and up for the gradient `g` of silu(gate) * up.
+inline void swiglu_gradient(Floats gate, Floats up, Floats g, Floats& grad_gate, Floats& grad_up) {
+    Floats s = sigmoid(gate), silu = gate * s;
+    grad_gate = g * up * (s + silu * (1.0f - s));
+    grad_up = g * silu;
+}
+
+template <class T>
+void swiglu_backward_row(const T* gate_up, const T* grad, T* grad_gate_up, int F) {
+    each_vector(F, [&](int i, int n) {
+        Floats grad_gate, grad_up;
+        swiglu_gradient(take(gate_up + i, n), take(gate_up + F + i, n), take(grad + i, n), grad_gate, grad_up);
+        give(grad_gate_up + i, grad_gate, n);
+        give(grad_gate_up + F + i, grad_up, n);
+    });
+}
+
+// One vector of R values; `direction` -1 turns back. Pairs are neighbours, or first and second half.
+template <class T>
+void rotate_row(const T* x, const float* cosine, const float* sine, float direction, bool interleave, T* y, int R) {
+    int half = R / 2;
+    for (int i = 0; i < half; ++i) {
+        int a = interleave ? 2 * i : i, b = interleave ? 2 * i + 1 : i + half;
+        float first = value(x[a]), second = value(x[b]), c = cosine[i], s = direction * sine[i];
+        put(y + a, first * c - second * s);
+        put(y + b, second * c + first * s);
+    }
+}
+
+template <class T>
+void logprob_forward_row(const T* logits, int64_t target, float* logprob, float* entropy, float* log_sum, int W) {
+    Floats top = spread(-std::numeric_limits<float>::infinity());
+    each_vector(W, [&](int i, int n) {
+        top = larger(top, take(logits + i, n, -std::numeric_limits<float>::infinity()));
+    });
+    float peak = largest(top);
+    Floats total{}, weighted{};
+    each_vector(W, [&](int i, int n) {
+        Floats x = take(logits + i, n, -1e30f) - peak, e = exp(x);
+        total += e;
+        weighted += e * x;
+    });
+    float mass = sum(total), log_mass = std::log(mass);
+    *log_sum = peak + log_mass;
+    *logprob = value(logits[target]) - *log_sum;
+    *entropy = log_mass - sum(weighted) / mass;
+}
+
+template <class T>
+void logprob_backward_row(const T* logits, int64_t target, float log_sum, float grad, T* grad_logits, int W) {
+    each_vector(W, [&](int i, int n) { give(grad_logits + i, exp(take(logits + i, n) - log_sum) * -grad, n); });
+    put(grad_logits + target, grad * (1.0f - std::exp(value(logits[target]) - log_sum)));
+}
+
+struct RouteShape {
+    int experts, active, groups, groups_kept;
+    bool sigmoid, normalise;
+    float scaling;
+};
+
+// Index of the largest of `n` values not yet taken; ties go to the lower index. The winner is set to -inf.
+inline int take_largest(float* values, int n) {
+    int best = 0;
+    for (int i = 1; i < n; ++i)
+        if (values[i] > values[best]) best = i;
+    values[best] = -std::numeric_limits<float>::infinity();
+    return best;
+}
+
+inline void keep_best_groups(const RouteShape& r, float* choice) {
+    constexpr float NEVER = -std::numeric_limits<float>::infinity();
+    int size = r.experts / r.groups;
+    float* rank = Scratch::get<float>(13, r.groups);
+    for (int g = 0; g < r.groups; ++g) {
+        float best = NEVER, second = NEVER;
+        for (int i = g * size; i < (g + 1) * size; ++i) {
+            if (choice[i] > best) second = best, best = choice[i];
+            else if (choice[i] > second) second = choice[i];
+        }
+        rank[g] = r.sigmoid ? best + second : best;
+    }
+    for (int k = 0; k < r.groups_kept; ++k) take_largest(rank, r.groups);
+    for (int g = 0; g < r.groups; ++g)
+        if (rank[g] != NEVER) std::fill(choice + g * size, choice + (g + 1) * size, NEVER);
+}
+
+inline void route_forward_row(const RouteShape& r, const float* logits, const float* bias, int64_t* ids, float* weights,
+                              float* scores) {
+    const int E = r.experts;
+    if (r.sigmoid) {
+        each_vector(E, [&](int i, int n) { give(scores + i, sigmoid(take(logits + i, n)), n); });
+    } else {
+        float peak = *std::max_element(logits, logits + E), total = 0;
+        each_vector(E, [&](int i, int n) { give(scores + i, exp(take(logits + i, n) - peak), n); });
+        for (int i = 0; i < E; ++i) total += scores[i];
+        for (int i = 0; i < E; ++i) scores[i] /= total;
+    }
+    float* choice = Scratch::get<float>(14, E);
+    for (int i = 0; i < E; ++i) choice[i] = bias ? scores[i] + bias[i] : scores[i];
+    if (r.groups > 1) keep_best_groups(r, choice);
+    float total = 1e-20f;
+    for (int a = 0; a < r.active; ++a) {
+        ids[a] = take_largest(choice, E);
+        total += weights[a] = scores[ids[a]];
+    }
+    for (int a = 0; a < r.active; ++a) weights[a] *= r.scaling / (r.normalise ? total : 1.0f);
+}
+
+// `grad_scores` may be null. Weights are w = scaling * s / total (or scaling * s).
+inline void route_backward_row(const RouteShape& r, const int64_t* ids, const float* scores, const float* grad_weights,
+                               const float* grad_scores, float* grad_logits) {
+    const int E = r.experts;
+    for (int i = 0; i < E; ++i) grad_logits[i] = grad_scores ? grad_scores[i] : 0.0f;
+    float total = 1e-20f, dot = 0;
+    for (int a = 0; a < r.active; ++a) {
+        total += scores[ids[a]];
+        dot += grad_weights[a] * scores[ids[a]];
+    }
+    for (int a = 0; a < r.active; ++a)
+        grad_logits[ids[a]] += r.scaling * (r.normalise ? (grad_weights[a] - dot / total) / total : grad_weights[a]);
+    if (r.sigmoid) {
+        for (int i = 0; i < E; ++i) grad_logits[i] *= scores[i] * (1.0f - scores[i]);
+    } else {
+        float mean = 0;
+        for (int i = 0; i < E; ++i) mean += grad_logits[i] * scores[i];
+        for (int i = 0; i < E; ++i) grad_logits[i] = (grad_logits[i] - mean) * scores[i];
+    }
+}
+
+}  // namespace glasklar

@@ -1,0 +1,165 @@
+// Small matrix products: a packed right side, a left side read in place, an epilogue that takes the sums.
+//
+// A product's sum runs over *units*. With AVX512-BF16 a unit of bf16 numbers is a pair of them, multiplied and summed by
+// one instruction; everywhere else a unit is one float.
+#pragma once
+
+#include "vector.hpp"
+
+namespace glasklar {
+
+template <class T>
+struct Unit {
+    using type = float;
+    static constexpr int size = 1;
+    static float make(float a, float) { return a; }
+    static Floats multiply_add(Floats total, float a, Floats b) { return total + a * b; }
+    static Floats load(const float* p) { return glasklar::load(p); }
+    // Two rows of numbers as rows of units.
+    static Floats join(Floats a, Floats) { return a; }
+    static void store(float* p, Floats v) { glasklar::store(p, v); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Unit<bf16> {
+    using type = uint32_t;
+    static constexpr int size = 2;
+    static uint32_t make(float a, float b) {
+        bf16 low, high;
+        put(&low, a);
+        put(&high, b);
+        return low.bits | uint32_t(high.bits) << 16;
+    }
+    static Floats multiply_add(Floats total, uint32_t a, __m512i b) {
+        return reinterpret_cast<Floats>(_mm512_dpbf16_ps(
+            reinterpret_cast<__m512>(total), reinterpret_cast<__m512bh>(_mm512_set1_epi32(int(a))),
+            reinterpret_cast<__m512bh>(b)));
+    }
+    static __m512i load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+    static Words join(Floats a, Floats b) { return round_bf16(a) | round_bf16(b) << 16; }
+    static void store(uint32_t* p, Words v) { std::memcpy(p, &v, sizeof v); }
+};
+#endif
+
+// Column panels as wide as the registers allow: panel after panel, each [depth][width].
+constexpr int PANEL_VECTORS = REGISTERS == 32 ? 4 : 2;
+constexpr int PANEL = PANEL_VECTORS * LANES;
+
+// Rows whose sums fit into registers beside `vectors` columns of the right side.
+constexpr int tile_rows(int vectors) {
+    return REGISTERS == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : (vectors == 2 ? 6 : 8);
+}
+
+template <class T>
+class Packed {
+   public:
+    using unit = typename Unit<T>::type;
+    static constexpr int size = Unit<T>::size;
+
+    // `numbers` values in each sum, `columns` results; both are padded with zeros.
+    Packed(unit* memory, int numbers, int columns)
+        : data(memory), depth((numbers + size - 1) / size), columns(round_up(columns, LANES)) {}
+
+    static std::size_t units(int numbers, int columns) {
+        return std::size_t((numbers + size - 1) / size) * round_up(columns, LANES);
+    }
+
+    int width(int column) const { return std::min(PANEL, columns - column / PANEL * PANEL); }
+
+    unit* at(int step, int column) const {
+        int panel = column / PANEL * PANEL;
+        return data + std::size_t(panel) * depth + std::size_t(step) * width(column) + (column - panel);
+    }
+
+    // Column c holds row c of the source: `row(c)` -> its numbers.
+    template <class Row>
+    void transpose(int given, int numbers, Row row) {
+        for (int c = 0; c < columns; c += LANES) {
+            int stride = width(c), valid = std::min(LANES, given - c);
+            unit* out = at(0, c);
+            for (int j = 0; j < LANES; ++j) {
+                if (j >= valid) {
+                    for (int k = 0; k < depth; ++k) out[std::size_t(k) * stride + j] = 0;
+                    continue;
+                }
+                const T* source = row(c + j);
+                int whole = numbers / size;
+                for (int k = 0; k < whole; ++k) out[std::size_t(k) * stride + j] = read(source + k * size);
+                if (whole < depth) out[std::size_t(whole) * stride + j] = Unit<T>::make(value(source[whole * size]), 0);
+            }
+        }
+    }
+
+    // The sum runs over the rows of the source: `row(r)` -> its `given` columns. Rows from `numbers` on count as zero.
+    template <class Row>
+    void stack(int numbers, int given, Row row) {
+        for (int k = 0; k < depth; ++k) {
+            const T* first = k * size < numbers ? row(k * size) : nullptr;
+            const T* second = size == 2 && k * size + 1 < numbers ? row(k * size + 1) : nullptr;
+            for (int c = 0; c < columns; c += LANES) {
+                int lanes = std::max(0, std::min(LANES, given - c));
+                Floats a = first ? take(first + c, lanes) : Floats{}, b = second ? take(second + c, lanes) : Floats{};
+                Unit<T>::store(at(k, c), Unit<T>::join(a, b));
+            }
+        }
+    }
+
+    unit* data;
+    int depth, columns;
+
+   private:
+    static unit read(const T* p) {
+        if constexpr (size == 2) {
+            unit u;
+            std::memcpy(&u, p, sizeof u);
+            return u;
+        } else {
+            return value(*p);
+        }
+    }
+};
+
+template <class T, int VECTORS, class Left, class Store>
+inline void product_columns(int rows, int steps, Left left, std::ptrdiff_t left_step,
+                            const typename Unit<T>::type* right, std::ptrdiff_t right_step, int column, Store store) {
+    using unit = typename Unit<T>::type;
+    constexpr int ROWS = tile_rows(VECTORS);
+    for (int m = 0; m < rows; m += ROWS) {
+        const unit* a[ROWS];
+        for (int i = 0; i < ROWS; ++i) a[i] = left(std::min(m + i, rows - 1));
+        Floats total[ROWS][VECTORS] = {};
+        const unit* b = right;
+        for (int k = 0; k < steps; ++k, b += right_step) {
+            decltype(Unit<T>::load(b)) columns[VECTORS];
+            for (int j = 0; j < VECTORS; ++j) columns[j] = Unit<T>::load(b + j * LANES);
+            for (int i = 0; i < ROWS; ++i)
+                for (int j = 0; j < VECTORS; ++j)
+                    total[i][j] = Unit<T>::multiply_add(total[i][j], a[i][k * left_step], columns[j]);
+        }
+        int valid = std::min(ROWS, rows - m);
+        for (int i = 0; i < valid; ++i)
+            for (int j = 0; j < VECTORS; ++j) store(m + i, column + j * LANES, total[i][j]);
+    }
+}
+
+// For rows [0, rows) and packed columns [from, to): sums over units [first, last), handed to store(row, column, sums).
+// `left(row)` points at the unit that meets `first`; the next one lies `left_step` units further.
+template <class T, class Left, class Store>
+inline void product(int rows, Left left, std::ptrdiff_t left_step, const Packed<T>& right, int from, int to, int first,
+                    int last, Store store) {
+    for (int n = from; n < to;) {
+        int width = right.width(n), room = std::min(width - n % PANEL, to - n) / LANES;
+        const auto* b = right.at(first, n);
+        auto run = [&](auto vectors) {
+            product_columns<T, decltype(vectors)::value>(rows, last - first, left, left_step, b, width, n, store);
+        };
+        if (PANEL_VECTORS >= 4 && room >= 4) run(std::integral_constant<int, std::min(4, PANEL_VECTORS)>());
+        else if (PANEL_VECTORS >= 3 && room == 3) run(std::integral_constant<int, std::min(3, PANEL_VECTORS)>());
+        else if (room >= 2) run(std::integral_constant<int, 2>());
+        else run(std::integral_constant<int, 1>());
+        n += std::min(room, PANEL_VECTORS) * LANES;
+    }
+}
+
+}  // namespace glasklar
