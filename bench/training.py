@@ -1,0 +1,238 @@
+"""Training speed on this CPU beside its peers: `python bench/training.py [--shape S|M] [--json]`.
+
+One run, one machine, same shape, batch and optimiser (AdamW): our mixture of experts and our dense network, and
+`transformers`' DeepseekV3 and Llama in bf16 autocast, each at the best of its variants (eager or compiled, attention by
+SDPA or by plain products). First every variant is tried for a few steps, then the best of each side take turns, step by
+step, so that a busy machine slows all alike; figures are medians, ratios are medians of ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from glasklar import runtime
+
+THREADS = runtime.prepare()
+
+import torch  # noqa: E402  the environment comes first
+
+from glasklar.data.batches import Batch  # noqa: E402
+from glasklar.model.config import ModelConfig  # noqa: E402
+from glasklar.model.init import build, initialise  # noqa: E402
+from glasklar.ops.select import Ops, select  # noqa: E402
+from glasklar.train.loop import train_step  # noqa: E402
+from glasklar.train.objectives import LanguageConfig, language_loss  # noqa: E402
+from glasklar.train.optim import OptimizerConfig, make_optimizer  # noqa: E402
+
+T, VOCAB = 256, 512
+# rows, then the network; "S" is 2.2M active of 5.8M parameters, "M" 11M of 31M.
+ROWS = {"S": 32, "M": 16}
+MLA = {
+    "S": dict(q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32),
+    "M": dict(q_lora_rank=192, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64),
+}
+TRUNK = {
+    "S": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, intermediate_size=384),
+    "M": dict(hidden_size=384, num_hidden_layers=8, num_attention_heads=6, intermediate_size=768),
+}
+EXPERTS = dict(n_routed_experts=16, num_experts_per_tok=3, n_shared_experts=1, first_k_dense_replace=1)
+
+# (row, over row): what the project asks for, and what it aims at.
+FLOORS = {
+    ("ours MoE", "HF DeepseekV3"): (1.8, 3.0),
+    ("ours MoE", "HF Llama"): (1.0, 1.5),
+    ("ours dense", "HF Llama"): (1.4, 2.0),
+    ("ours MoE", "ours dense"): (1 / 1.25, 1 / 1.25),
+}
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side of the comparison: its variants by name, each a function that builds one training step."""
+
+    name: str
+    variants: dict[str, Callable[[], Step]]
+
+
+def shape(name: str, moe: bool) -> ModelConfig:
+    fields: dict[str, Any] = {"vocab_size": VOCAB, "max_position_embeddings": T, **TRUNK[name], **MLA[name]}
+    if moe:
+        fields |= {**EXPERTS, "moe_intermediate_size": TRUNK[name]["intermediate_size"] // 4}
+    return ModelConfig(**fields)
+
+
+def ids(name: str) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (ROWS[name], T), generator=torch.Generator().manual_seed(0))
+
+
+def ours(name: str, config: ModelConfig, ops: Ops) -> Step:
+    """The step that `glasklar train` takes: packed rows, here of one document each, so that the work is the same."""
+    model = initialise(build(config, ops, dtype=torch.bfloat16), seed=0)
+    optimizer = make_optimizer(model, OptimizerConfig(clip_norm=None))
+    rows = ids(name)
+    batch = Batch(
+        ids_BT=rows,
+        segments_BT=torch.zeros_like(rows),
+        position_BT=torch.arange(T).expand_as(rows).contiguous(),
+        weight_BT=torch.ones(rows.shape),
+    )
+    objective = LanguageConfig(mtp_weight=0.0)
+    return lambda: train_step(
+        model, optimizer, [batch], lambda m, b: language_loss(m, b, objective), rate=1.0, balance_speed=1e-3
+    )
+
+
+def hugging_face(name: str, kind: str, attention: str, compiled: bool) -> Step:
+    import transformers
+
+    trunk: dict[str, Any] = {
+        "vocab_size": VOCAB, "max_position_embeddings": T, "attn_implementation": attention, "use_cache": False,
+    }  # fmt: skip
+    if kind == "DeepseekV3":
+        fields = shape(name, moe=True).model_dump(include={*TRUNK[name], *MLA[name], *EXPERTS, "moe_intermediate_size"})
+        fields |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+        model: Any = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**trunk, **fields))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**trunk, **llama_fields(name)))
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    rows = ids(name)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return step
+
+
+def llama_fields(name: str) -> dict[str, Any]:
+    """A Llama with as many parameters as the mixture of experts has active ones; heads of equal width."""
+    width, layers = TRUNK[name]["hidden_size"], TRUNK[name]["num_hidden_layers"]
+    rest = active_parameters(shape(name, moe=True)) - 2 * VOCAB * width - layers * 4 * width * width
+    hidden = round(rest / (layers * 3 * width) / 4) * 4
+    return {**TRUNK[name], "num_key_value_heads": TRUNK[name]["num_attention_heads"], "intermediate_size": hidden}
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Matrices that one token meets, embedding and head included."""
+    total = 0
+    for key, parameter in build(config, device="meta").named_parameters():
+        if parameter.ndim == 3:
+            total += parameter.numel() * EXPERTS["num_experts_per_tok"] // EXPERTS["n_routed_experts"]
+        elif parameter.ndim == 2 and not key.endswith("gate.weight"):
+            total += parameter.numel()
+    return total
+
+
+def contenders(name: str, compiled: bool, tables: list[str]) -> list[Contender]:
+    here = runtime.Runtime(threads=THREADS)
+    sides = []
+    for label, moe in (("ours MoE", True), ("ours dense", False)):
+        config = shape(name, moe)
+        variants = {
+            table: lambda table=table, config=config: ours(name, config, select(here, table)) for table in tables
+        }
+        sides.append(Contender(label, variants))
+    for kind in ("DeepseekV3", "Llama"):
+        variants = {
+            f"{'compiled' if c else 'eager'}, {a}": lambda kind=kind, a=a, c=c: hugging_face(name, kind, a, c)
+            for c in ([False, True] if compiled else [False])
+            for a in ("sdpa", "eager")
+        }
+        sides.append(Contender(f"HF {kind}", variants))
+    return sides
+
+
+def seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def best_variant(side: Contender, tries: int) -> tuple[str, Step]:
+    """Builds every variant and keeps the fastest; the others are dropped before the next one is built."""
+    best: tuple[float, str, Step] | None = None
+    for label, make in side.variants.items():
+        step = make()
+        first = seconds(step)
+        step()
+        time_ = min(seconds(step) for _ in range(tries))
+        print(f"  {side.name:14} {label:18} {time_ * 1e3:7.0f} ms (first step {first:.1f} s)", file=sys.stderr)
+        if best is None or time_ < best[0]:
+            best = (time_, label, step)
+        torch._dynamo.reset()
+    assert best is not None
+    return best[1], best[2]
+
+
+def measure(name: str, rounds: int, tries: int, sides: list[Contender]) -> dict[str, Any]:
+    chosen = {side.name: best_variant(side, tries) for side in sides}
+    times: dict[str, list[float]] = {key: [] for key in chosen}
+    for _ in range(rounds):
+        for key, (_, step) in chosen.items():
+            times[key].append(seconds(step))
+    tokens = ROWS[name] * T
+    rows = {
+        key: {
+            "variant": chosen[key][0],
+            "ms": round(statistics.median(t) * 1e3, 1),
+            "tokens_per_second": round(tokens / statistics.median(t)),
+        }
+        for key, t in times.items()
+    }
+    ratios = []
+    for (a, b), (floor, goal) in FLOORS.items():
+        if a in times and b in times:
+            ratio = statistics.median(y / x for x, y in zip(times[a], times[b], strict=True))
+            ratios.append({"speed": a, "over": b, "ratio": round(ratio, 3), "required": floor, "goal": goal})
+    return {"shape": name, "threads": THREADS, "tokens_per_step": tokens, "rows": rows, "ratios": ratios}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"shape {result['shape']}, {result['tokens_per_step']} tokens a step, {result['threads']} threads"]
+    for key, row in result["rows"].items():
+        lines.append(f"  {key:14} {row['variant']:18} {row['ms']:8.1f} ms {row['tokens_per_second']:8d} tok/s")
+    for r in result["ratios"]:
+        verdict = "goal" if r["ratio"] >= r["goal"] else "required" if r["ratio"] >= r["required"] else "MISSED"
+        pair = f"{r['speed']} / {r['over']}"
+        lines.append(f"  {pair:28} {r['ratio']:5.2f}x  required {r['required']:.2f}, goal {r['goal']:.2f}: {verdict}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(ROWS), default="S")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tries", type=int, default=3, help="timed steps of each variant before the best is chosen")
+    parser.add_argument("--only", help="sides to measure, by a part of their name, separated by commas")
+    parser.add_argument("--ops", default="torch_cpu", help="our tables of operations to try, separated by commas")
+    parser.add_argument("--no-compile", action="store_true", help="leave the peers' compiled variants out (faster)")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    sides = contenders(args.shape, not args.no_compile, args.ops.split(","))
+    if args.only:
+        sides = [side for side in sides if any(part in side.name for part in args.only.split(","))]
+    with contextlib.redirect_stdout(sys.stderr):
+        result = measure(args.shape, args.rounds, args.tries, sides)
+    print(json.dumps(result, indent=1) if args.json else table(result))
+
+
+if __name__ == "__main__":
+    main()
