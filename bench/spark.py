@@ -1,9 +1,9 @@
-"""The main job, measured: `spark` from nothing under several seeds, and beside RL what else the same time could have bought.
+"""The main job, measured: `spark` from nothing under several seeds, and what else the time of RL could have bought.
 
     python bench/spark.py                      # seeds 0 1 2; prints a table, keeps the figures in docs/lab/spark.json
     python bench/spark.py --seeds 5 --json     # one JSON object a seed on stdout
 
-From the model that SFT left, each baseline gets the wall clock that RL took: more SFT on the same finite demonstrations,
+From the model that SFT left, each baseline gets the wall clock of RL: more SFT on the same finite demonstrations,
 SFT on unlimited demonstrations (an oracle: somebody who writes worked thoughts for ever), and rejection sampling
 (likelihood of the model's own right answers).
 """
@@ -70,7 +70,8 @@ def measure(recipe_name: str, seed: int, folder: Path, runtime: Runtime) -> dict
 
 def continue_for(seconds: float, name: str, recipe: Any, folder: Path, runtime: Runtime) -> dict[str, Any]:
     """Trains on from the end of SFT for so many seconds in another way; returns accuracy on the test problems."""
-    from glasklar.corpus import demonstration_tokens, prepare as prepare_corpus
+    from glasklar.corpus import demonstration_tokens
+    from glasklar.corpus import prepare as prepare_corpus
     from glasklar.data.batches import PackedDocuments, Packer
     from glasklar.data.procedural import Mixture
     from glasklar.engine.engine import Engine
@@ -131,7 +132,8 @@ def render(results: list[dict[str, Any]]) -> Table:
     def share(value: float) -> str:
         return f"{value:.1%}"
 
-    row("minutes, nothing to released model", [r["seconds"] / 60 for r in results], lambda v: f"{v:.1f}", f"<= {GOAL_MINUTES}")
+    minutes = [r["seconds"] / 60 for r in results]
+    row("minutes, nothing to released model", minutes, lambda v: f"{v:.1f}", f"<= {GOAL_MINUTES}")
     for label in ("greedy", "thinking", "direct", "pass@1", "pass@16"):
         row(f"before RL: {label}", [r["before"]["mean"][label] for r in results], share)
     wanted = f">= {GOAL_SEED:.0%} each, {GOAL_MEAN:.0%} mean"
@@ -148,7 +150,8 @@ def render(results: list[dict[str, Any]]) -> Table:
     for name in results[0]["baselines"]:
         row(f"equal time: {name}", [r["baselines"][name]["mean"]["greedy"] for r in results], share)
     row("second token accepted", [r["after"]["second_token_acceptance"] for r in results], share, "> 60 %")
-    row("expert load max/mean, worst layer", [max(r["after"]["load_max_mean"]) for r in results], lambda v: f"{v:.2f}", "< 1.5")
+    loads = [max(r["after"]["load_max_mean"]) for r in results]
+    row("expert load max/mean, worst layer", loads, lambda v: f"{v:.2f}", "< 1.5")
     return out
 
 

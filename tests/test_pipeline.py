@@ -114,7 +114,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_named(smoke_run: Path, tmp_path: Path
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(CheckpointError, match="state.safetensors"):
+    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
         api.train(str(SMOKE), runtime=runtime, home=tmp_path, run=run)
     assert not (run / "model").exists()
 

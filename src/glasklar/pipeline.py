@@ -285,7 +285,7 @@ class Pipeline:
             )  # fmt: skip
         elif isinstance(stage, SFTStage | RLStage):
             self.reporter.note("evaluating on unseen problems")
-            sampling = {"samples": settings.samples, "sampled_problems": settings.sampled_problems}
+            sampling: dict[str, Any] = {"samples": settings.samples, "sampled_problems": settings.sampled_problems}
             scores = self._scores("test", settings.problems, modes=True, **sampling)
             line |= table(scores, self.recipe.reasoning_tasks)
             line["hard"] = {n: s.as_json() for n, s in self._scores("test", settings.problems, hard=True).items()}

@@ -129,7 +129,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        needs_tasks = [s.kind for s in self.stages if s.kind != "pretrain"]
+        needs_tasks: list[str] = [s.kind for s in self.stages if s.kind != "pretrain"]
         needs_tasks += [s.kind for s in self.sources if s.kind == "tasks"]
         if needs_tasks and not self.tasks:
             raise ValueError(f"{needs_tasks[0]!r} needs at least one entry in [[tasks]]")

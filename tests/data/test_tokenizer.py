@@ -16,7 +16,17 @@ TEXTS = [
     for a in range(40)
     for b in range(20)
 ]
-SAMPLES = ["", " ", "3+4-2=5", "  two  blanks\n\n", "Äpfel für Jörg 🙂🚀", "x = [1, 22, 333]", "a\u0000b", "���", "日本語"]
+SAMPLES = [
+    "",
+    " ",
+    "3+4-2=5",
+    "  two  blanks\n\n",
+    "Äpfel für Jörg 🙂🚀",
+    "x = [1, 22, 333]",
+    "a\u0000b",
+    "���",
+    "日本語",
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
 
 from glasklar.model.attention import document_mask
@@ -129,3 +130,57 @@ def test_logits_and_greedy_tokens_against_transformers(network, tmp_path):
     assert len(expected) == start.shape[1] + 64
     chosen = our_logits(ours, expected[None, :-1])[0].argmax(-1)
     assert chosen[start.shape[1] - 1 :].tolist() == expected[start.shape[1] :].tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("depths", [1, 2])
+def test_prediction_modules_against_transformers(depths, tmp_path, monkeypatch):
+    """Depth k joins the state at i with the embedding of token i+k; the next depth begins where it ends."""
+    fields = {**DEEPSEEK, "q_lora_rank": 24, "num_nextn_predict_layers": depths}
+    model = initialise(build(ModelConfig.read(fields, "mtp")), 5).requires_grad_(False)
+    save_model(model, tmp_path / "model")
+    main = load_theirs(tmp_path / "model")
+    # transformers knows the modules by the number of layers of the published model.
+    monkeypatch.setattr(type(main), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.[34]\."])
+    theirs = MtpModel.from_pretrained(main).eval()
+    ids_BT = torch.stack([prompt[:5] for prompt in prompts()])
+    B, T = ids_BT.shape
+    position_BT = torch.arange(T).expand(B, T)
+    at = model.at(position_BT, document_mask(torch.zeros_like(ids_BT), model.dtype))
+    ours = model(ids_BT, at).hidden_BTD
+    expected = main.model(ids_BT).last_hidden_state
+    for depth, module in enumerate(model.mtp):
+        later_BT = ids_BT.roll(-1 - depth, dims=1)
+        ours, _ = module(ours, model.embed_tokens(later_BT), at)
+        expected = theirs.forward_layer(depth, expected, position_BT + 1, None, input_ids=later_BT)
+        torch.testing.assert_close(model.logits(ours), main.lm_head(expected), rtol=1e-4, atol=1e-4)
+        assert expected.std() > 0.1
+
+
+def test_families_say_what_they_are(tmp_path):
+    """A folder of each family is opened by its own class, with nothing missing, and no end token made up."""
+    kinds = {}
+    for name in ("deepseek", "V2", "llama", "qwen2"):
+        save_model(initialise(build(ModelConfig.read(CASES[name], name)), 1), tmp_path / name)
+        theirs = load_theirs(tmp_path / name)
+        kinds[name] = type(theirs).__name__
+        assert theirs.config.eos_token_id is None
+        assert theirs.generation_config.eos_token_id is None
+    assert kinds == {
+        "deepseek": "DeepseekV3ForCausalLM",
+        "V2": "DeepseekV2ForCausalLM",
+        "llama": "LlamaForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+    }
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["deepseek", "V2, groups", "yarn", "llama, tied", "llama, yarn", "qwen2"])
+def test_folders_written_by_transformers_load(name, tmp_path):
+    """The other way round: what transformers writes (fused, renamed and left-out keys and all) is read as it was."""
+    model = initialise(build(ModelConfig.read(CASES[name], name)), 3).requires_grad_(False)
+    save_model(model, tmp_path / "ours")
+    load_theirs(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    again = load_model(tmp_path / "theirs", dtype=torch.float32, ops=REFERENCE, device="cpu")
+    ids_BT = prompts()[2][None]
+    assert torch.equal(our_logits(again, ids_BT), our_logits(model, ids_BT))

@@ -94,7 +94,8 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.config, self.ops = config, ops
-        assert config.kv_lora_rank is not None and config.qk_nope_head_dim is not None
+        assert config.kv_lora_rank is not None
+        assert config.qk_nope_head_dim is not None
         self.C, self.N, self.R, self.V = (
             config.kv_lora_rank, config.qk_nope_head_dim, config.rope_dim, config.value_head_dim,
         )  # fmt: skip

@@ -2,9 +2,10 @@
 
 Shape suffixes used throughout the project:
 
-    B sequences   T tokens of a sequence (queries)   S cached tokens (keys)   D model width   H heads   G key/value heads
-    Q query latent   C key/value latent   N no-position part of a head   R rotary part of a head   K = N + R   V value head
-    E experts   A active (chosen) experts of a token   F hidden width of a feed-forward   W vocabulary   L layers
+    B sequences   T tokens of a sequence (queries)   S cached tokens (keys)   D model width   H heads
+    G key/value heads   Q query latent   C key/value latent   N no-position part of a head   R rotary part of a head
+    K = N + R   V value head   E experts   A active (chosen) experts of a token   F hidden width of a feed-forward
+    W vocabulary   L layers
 
 Field names are those of the Hugging Face configurations of the families.
 """

@@ -1,6 +1,6 @@
-"""All initialisation rules in one place: normal(0, initializer_range) for every matrix, ones for norms, zeros for biases
-(DeepSeek-V2 section 3.1.2, V3 section 4.2). Numbers are drawn on the CPU in fp32, parameter by parameter in the order of
-their names, so that they depend neither on the device nor on how the model is split."""
+"""All initialisation rules in one place: normal(0, initializer_range) for every matrix, ones for norms, zeros for
+biases (DeepSeek-V2 section 3.1.2, V3 section 4.2). Numbers are drawn on the CPU in fp32, parameter by parameter in the
+order of their names, so that they depend neither on the device nor on how the model is split."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from glasklar.model.transformer import Transformer
 from glasklar.ops.select import REFERENCE, Ops
 
 
-def build(config: ModelConfig, ops: Ops = REFERENCE, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+def build(
+    config: ModelConfig, ops: Ops = REFERENCE, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
     """An uninitialised model with storage on `device`; gate weights and biases stay in fp32 whatever `dtype`."""
     with torch.device("meta"):
         model = Transformer(config, ops)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if name.endswith("gate.weight") else dtype)
     model = model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
+    for buffer in model.buffers():
         if buffer is not None:
             buffer.zero_()
     # Built on meta, the frequencies have no values yet.

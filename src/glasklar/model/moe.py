@@ -1,4 +1,4 @@
-"""Feed-forward layers: dense SwiGLU and DeepSeekMoE with auxiliary-loss-free balancing (arXiv 2401.06066, 2408.15664)."""
+"""Feed-forward layers: dense SwiGLU, and DeepSeekMoE balanced without a loss (arXiv 2401.06066, 2408.15664)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.config, self.ops = config, ops
-        assert config.n_routed_experts is not None and config.moe_intermediate_size is not None
+        assert config.n_routed_experts is not None
+        assert config.moe_intermediate_size is not None
         E, D, F_ = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate = Gate(config)
         self.gate_up_EFD = nn.Parameter(torch.empty(E, 2 * F_, D))

@@ -1,4 +1,4 @@
-"""The network: embedding, blocks, head, and the modules for multi-token prediction. The same for training and serving."""
+"""The network: embedding, blocks, head, multi-token prediction. The same for training and serving."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, ops) for layer in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config, ops)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         depth = config.num_nextn_predict_layers
         self.mtp = nn.ModuleList(PredictionModule(config, config.num_hidden_layers + k, ops) for k in range(depth))
         self.frequencies = inverse_frequencies(config)

@@ -79,7 +79,7 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         head = canonical_json([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
         digest.update(len(head).to_bytes(8, "little") + head)
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
 
 
