@@ -100,7 +100,9 @@ def serve(model: ModelName, port: Port = 8421, host: str = "127.0.0.1", threads:
     """Serve a model: OpenAI-compatible API and a page."""
     from glasklar.serve.app import serve as run_server
 
-    run_server(_load(model, _runtime(threads)), host=host, port=port)
+    loaded = _load(model, _runtime(threads))
+    run = loaded.folder.parent
+    run_server(loaded, host=host, port=port, run=run if (run / "metrics.jsonl").is_file() else None)
 
 
 @app.command()

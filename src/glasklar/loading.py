@@ -38,6 +38,11 @@ class Model:
         """What the API calls it: the run's or the folder's name."""
         return self.folder.parent.name if self.folder.name == "model" else self.folder.name
 
+    @property
+    def single_turn(self) -> bool:
+        """Whether it learned from single exchanges only, as models made from a recipe do: earlier turns confuse it."""
+        return (self.folder / "recipe.json").is_file()
+
     @torch.inference_mode()
     def logits(self, ids: Tensor | list[int]) -> Tensor:
         """Logits [B, T, W] (or [T, W] for one sequence) in fp32; no padding, positions from 0."""

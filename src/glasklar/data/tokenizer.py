@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -120,6 +121,14 @@ class Tokenizer:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=skip_special)
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; several tokens may share one character."""
+        piece = self._inner.id_to_token(token) or ""
+        alphabet = _byte_of_character()
+        if token not in self.special_ids and all(character in alphabet for character in piece):
+            return bytes(alphabet[character] for character in piece)
+        return self.decode([token], skip_special=False).encode()
+
     def _special(self, token: str) -> int:
         found = self._inner.token_to_id(token)
         if found is None:
@@ -127,6 +136,14 @@ class Tokenizer:
                 f"the tokenizer lacks the special token {token!r}; it is not one of this model's family"
             )
         return found
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """How byte-level BPE writes bytes: printable Latin-1 as itself, the others from U+0100 on (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class Decoder:

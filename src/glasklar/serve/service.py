@@ -7,7 +7,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from glasklar.data.chat import Message, render
@@ -81,7 +81,7 @@ class ModelService:
             raise RequestError(f"the prompt has {len(ids)} tokens, the model's context is {self.context}; shorten it")
         return ids
 
-    async def stream(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[TokenEvent]:
+    async def stream(self, prompt: list[int], params: SamplingParams) -> AsyncGenerator[TokenEvent, None]:
         """Tokens as they are made. Leaving the iteration early cancels the request within one engine step.
 
         Raises CapacityError when too many requests wait, GlasklarError when the request fails.
