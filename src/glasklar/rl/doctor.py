@@ -25,7 +25,7 @@ def examine(line: Mapping[str, Any]) -> list[str]:
     if "loss" not in line:
         found.append("no group had unequal rewards: nothing was learnt in this step")
         return found
-    # Rejection sampling maximises a likelihood: it has no ratio to the sampler's policy.
+    # Rejection sampling maximises a likelihood: it knows neither the sampler's policy nor an entropy.
     if line.get("sampler_kl", 0.0) > SAMPLER_KL:
         found.append(
             f"sampler and trainer disagree (KL {line['sampler_kl']:.2g}): expected below {SAMPLER_KL}; "
@@ -33,7 +33,7 @@ def examine(line: Mapping[str, Any]) -> list[str]:
         )
     if line.get("kl", 0.0) > REFERENCE_KL:
         found.append(f"far from the reference (KL {line['kl']:.2g}): raise `kl_weight` or lower the learning rate")
-    if line["entropy"] < ENTROPY and line["correct"] < 0.9:
+    if line.get("entropy", 1.0) < ENTROPY and line["correct"] < 0.9:
         found.append(
             f"entropy {line['entropy']:.4f}: the model tries nothing new any more; start from an earlier checkpoint"
         )
