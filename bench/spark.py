@@ -26,6 +26,7 @@ from rich.table import Table
 from glasklar.runtime import Runtime, prepare, start
 
 ENDLESS = 1 << 20
+BASELINES = ("more SFT, same demonstrations", "SFT, unlimited demonstrations", "rejection sampling")
 GOAL_MINUTES, GOAL_SEED, GOAL_MEAN, GOAL_GAIN = 10, 0.88, 0.92, 0.20
 
 
@@ -51,12 +52,11 @@ def measure(recipe_name: str, seed: int, folder: Path, runtime: Runtime) -> dict
     if not rl:
         raise SystemExit(f"seed {seed}: RL was left out, the model was not ready; see {folder / 'report.md'}")
     spent = rl[-1]["seconds"] - evaluations["after sft"]["seconds"]
-    baselines = {
-        name: continue_for(spent, name, recipe, folder, runtime)
-        for name in ("more SFT, same demonstrations", "SFT, unlimited demonstrations", "rejection sampling")
-    }
-    rows = [{"name": name, **figures} for name, figures in baselines.items()]
-    (folder / "baselines.json").write_text(json.dumps(rows, indent=1))
+    kept = folder / "baselines.json"
+    if not kept.is_file():
+        rows = [{"name": name, **continue_for(spent, name, recipe, folder, runtime)} for name in BASELINES]
+        kept.write_text(json.dumps(rows, indent=1))
+    baselines = {row["name"]: row for row in json.loads(kept.read_text())}
     return {
         "seed": seed,
         "seconds": seconds,
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     runtime = start(prepare())
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in arguments.seeds:
         results.append(measure(arguments.recipe, seed, arguments.runs / f"seed-{seed}", runtime))
