@@ -1,0 +1,118 @@
+// The life of a run: what happens now, how far it is, and how accuracy on unseen problems rises.
+
+import { chart } from './charts.js';
+import { find, make } from './dom.js';
+import { clock, number, share, words } from './i18n.js';
+
+export class Training {
+  constructor() {
+    this.restart();
+  }
+
+  restart() {
+    this.steps = []; // of all stages; `part` counts the stages, since two may bear one name
+    this.evaluations = [];
+    this.parts = 0;
+    this.next = 0;
+  }
+
+  // Takes in what /run/metrics said.
+  take({ lines, next }) {
+    if (next < this.next) this.restart();
+    if (lines.length > next - this.next) this.restart();
+    this.next = next;
+    for (const line of lines) {
+      if (line.evaluation) this.evaluations.push(line);
+      else this.steps.push({ ...line, part: this.part(line) });
+    }
+  }
+
+  part(line) {
+    const last = this.steps.at(-1);
+    if (!last || last.stage !== line.stage || line.step <= last.step) this.parts += 1;
+    return this.parts;
+  }
+
+  show(state, error) {
+    const last = this.steps.at(-1);
+    if (state === 'failed') this.hero(words.failed, words.failed, error, 0, '');
+    else if (state === 'serving') this.hero(words.done, words.doneHeadline, words.doneStory, 1, this.total());
+    else if (!last) this.hero(words.waiting, words.waiting, words.waitingStory, 0, '');
+    else this.now(last);
+    this.scores();
+    this.charts();
+  }
+
+  now(last) {
+    const timing = words.timing(last.step, last.of, number.format(Math.round(last.tokens_per_second)), clock(last.seconds_left));
+    const name = words.stageNumber(last.part, words.stages[last.stage] ?? last.stage);
+    this.hero(name, words.headlines[last.stage] ?? name, words.stories[last.stage] ?? '', last.step / last.of, timing);
+  }
+
+  total() {
+    const last = this.evaluations.at(-1) ?? this.steps.at(-1);
+    return last ? `${words.spent}: ${clock(last.seconds)}` : '';
+  }
+
+  hero(stage, headline, story, done, timing) {
+    const texts = { stage, headline, story, timing };
+    for (const [id, text] of Object.entries(texts)) if (find(id).textContent !== text) find(id).textContent = text;
+    find('progress').style.width = `${100 * done}%`;
+    find('progress').parentElement.setAttribute('aria-valuenow', String(Math.round(100 * done)));
+  }
+
+  scores() {
+    const after = this.evaluations.findLast((line) => line.tasks);
+    const before = this.evaluations.find((line) => line.evaluation === 'after sft');
+    find('scores').replaceChildren();
+    if (!after) return;
+    const reinforced = before && after !== before;
+    for (const [name, scores] of [['mean', after.mean], ...Object.entries(after.tasks)]) {
+      const earlier = name === 'mean' ? before?.mean : before?.tasks?.[name];
+      const card = make('div', { className: 'card' },
+        make('span', { className: 'muted', textContent: name === 'mean' ? words.mean : words.tasks[name] ?? name }),
+        make('b', { textContent: share.format(scores.greedy) }),
+        make('span', { className: 'muted', textContent: reinforced && earlier ? words.before(share.format(earlier.greedy)) : words.right }));
+      find('scores').append(card);
+    }
+  }
+
+  charts() {
+    const shown = [];
+    const reading = this.steps.filter((line) => line.stage !== 'rl');
+    const acting = this.steps.filter((line) => line.stage === 'rl');
+    const loaded = this.steps.filter((line) => line.load_max_mean?.length && line.tokens);
+    if (acting.length) shown.push(...this.reinforcement(acting));
+    if (reading.length) {
+      const points = reading.map((line, k) => [k + 1, line.loss]);
+      shown.push(chart([{ name: words.loss, points, smooth: true }], { title: words.loss, zero: true, label: '' }));
+    }
+    if (loaded.length) {
+      const layers = Math.min(...loaded.map((line) => line.load_max_mean.length));
+      const series = Array.from({ length: Math.min(4, layers) }, (_, k) => ({
+        name: words.layer(k + 1), smooth: true, points: loaded.map((line, i) => [i + 1, line.load_max_mean[k]]),
+      }));
+      shown.push(chart(series, { title: words.load, top: 1.5 }));
+    }
+    find('charts').replaceChildren(...shown);
+  }
+
+  reinforcement(acting) {
+    const over = (name) => acting.filter((line) => name in line).map((line) => [line.step, line[name]]);
+    const watched = this.evaluations.filter((line) => line.evaluation === 'rl step');
+    const start = this.evaluations.find((line) => line.evaluation === 'after sft');
+    const tasks = Object.keys(watched[0]?.tasks ?? {});
+    const unseen = tasks.map((name) => ({
+      name: words.tasks[name] ?? name,
+      points: [...(start ? [[0, start.tasks[name].greedy]] : []), ...watched.map((line) => [line.step, line.tasks[name].greedy])],
+    }));
+    const shown = [];
+    if (unseen.length) shown.push(chart(unseen, { title: words.unseen, percent: true }));
+    shown.push(chart(
+      [{ name: words.isCorrect, points: over('correct'), smooth: true }, { name: words.isThinking, points: over('thinking_share'), smooth: true }],
+      { title: words.correct, percent: true },
+    ));
+    shown.push(chart([{ name: words.length, points: over('length'), smooth: true }], { title: words.length, zero: true }));
+    return shown;
+  }
+}
