@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from glasklar.runtime import Runtime, prepare, start
 
 # Before torch is loaded by any test.
 prepare(int(os.environ.get("GLASKLAR_THREADS", "2")))
+
+# Keys and runs of the commands under test; never the ones of whoever runs the tests.
+os.environ["GLASKLAR_HOME"] = tempfile.mkdtemp(prefix="glasklar-test-home-")
 
 SMOKE = Path(__file__).with_name("smoke.toml")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from glasklar.audit.report import write_report
+from glasklar.audit.seal import seal
 from glasklar.data.chat import Message, parse, render
 from glasklar.data.procedural import Mixture
 from glasklar.data.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ from glasklar.model.plan import Plan, StageBudget, plan_model, plan_stages
 from glasklar.model.shapes import load_hardware, load_shape, shape_names
 from glasklar.pipeline import EVALUATION_SEED, Pipeline, Reporter
 from glasklar.provenance.rundir import RunDir
+from glasklar.provenance.signing import Signer
 from glasklar.recipe import AnyStage, Recipe, RLStage, builtin_recipes, load_recipe, recipe_path
 from glasklar.runtime import Runtime
 from glasklar.tasks.base import Split
@@ -49,6 +51,7 @@ def train(
     with RunDir.create_or_open(folder, loaded.canonical(), text) as opened:
         Pipeline(loaded, opened, runtime, reporter or QuietReporter()).execute()
         write_report(opened)
+        seal(opened, Signer.open(home))
     return folder
 
 

@@ -159,6 +159,32 @@ def plan(
     _print(result.model_dump(mode="json"), as_json, plan_table(result))
 
 
+@app.command()
+def verify(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL|RECEIPT", help="A run or model by folder or name")],
+    key: Annotated[
+        str | None, typer.Option(help="Fingerprint that the signature must have, known from elsewhere")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Hash of the ledger's last line, as anchored elsewhere")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute every hash and signature again: what holds, what does not, what cannot be told. Exit code 0, 1."""
+    from glasklar.audit.verify import locate
+    from glasklar.audit.verify import verify as check
+
+    _runtime(None)
+    found = check(locate(target, _home()), home=_home(), key=key, head=head)
+    _findings(found, as_json)
+
+
+def _findings(found: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.as_json(), ensure_ascii=False))
+    else:
+        out.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(found.exit_code)
+
+
 def _print(result: dict[str, Any], as_json: bool, human: Any) -> None:
     if as_json:
         print(json.dumps(result, ensure_ascii=False))

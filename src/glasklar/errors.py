@@ -5,6 +5,7 @@
     ├── DataError          a source cannot be read or holds nothing usable
     ├── CheckpointError    weights or a run folder are damaged, incomplete or of another recipe
     ├── CapacityError      the machine or a limit does not allow it: memory, disk, cache, context
+    ├── RecordError        a signature, a receipt or another part of the record cannot be read or used
     └── RequestError       what was asked of a model makes no sense: ids, sampling settings, messages
 
 Every message names the offending value and the remedy. The command line turns them into exit code 2, the server
@@ -29,6 +30,10 @@ class CheckpointError(GlasklarError):
 
 
 class CapacityError(GlasklarError):
+    pass
+
+
+class RecordError(GlasklarError):
     pass
 
 

@@ -6,14 +6,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
-from glasklar.corpus import Corpus, demonstration_tokens, prepare
-from glasklar.data.batches import PackedDocuments, Packer
+from glasklar.corpus import Corpus, prepare
 from glasklar.data.procedural import Mixture
 from glasklar.engine.engine import Engine
 from glasklar.errors import GlasklarError
@@ -22,9 +19,7 @@ from glasklar.eval.network import expert_load, second_token_acceptance
 from glasklar.eval.tasks import Scores, evaluate_tasks, mean, table
 from glasklar.eval.text import bits_per_byte
 from glasklar.model.checkpoint import save_model
-from glasklar.model.init import build, initialise
 from glasklar.model.transformer import Transformer
-from glasklar.ops.select import select
 from glasklar.provenance.energy import EnergyMeter
 from glasklar.provenance.environment import describe_environment
 from glasklar.provenance.hashing import sha256_file
@@ -34,15 +29,13 @@ from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
 from glasklar.rl.doctor import NORMAL
 from glasklar.runtime import Runtime
 from glasklar.segment import Segment
-from glasklar.stages import LanguageRunner, PolicyRunner, Runner
 from glasklar.tasks.base import Split
-from glasklar.train.optim import Optimizer, make_optimizer
 from glasklar.train.state import checkpoint_name, latest, load_state, prune, save_state, saved_hash
+from glasklar.training import AnyStage, Position, Training, state_at
 
 # Seeds of evaluations differ from those of training only for clarity: problems are kept apart by their split.
 EVALUATION_SEED = 7
 KEPT_CHECKPOINTS = 2
-AnyStage = PretrainStage | SFTStage | RLStage
 
 
 class Reporter(Protocol):
@@ -57,31 +50,20 @@ class Reporter(Protocol):
     def note(self, text: str) -> None: ...
 
 
-@dataclass(kw_only=True)
-class Position:
-    """Where a run stands; all of it goes into a checkpoint's meta.
-
-    stage, step   the next step to do
-    tokens        trained or sampled so far, over all stages
-    """
-
-    stage: int = 0
-    step: int = 0
-    tokens: int = 0
-    skipped: list[str] = field(default_factory=list)
-
-
 class Pipeline:
     """One run of one recipe. `execute` does what is left to do; it may be called on a finished run."""
 
     def __init__(self, recipe: Recipe, run: RunDir, runtime: Runtime, reporter: Reporter) -> None:
         self.recipe, self.run, self.runtime, self.reporter = recipe, run, runtime, reporter
-        self.position = Position()
-        self.model = build(recipe.model, select(runtime), device=runtime.device, dtype=runtime.dtype)
-        self.optimizer: Optimizer | None = None
+        self.training = Training(recipe, runtime)
+        self.model = self.training.model
         self.corpus: Corpus
         self.seconds_before = 0.0
         self.started = time.monotonic()
+
+    @property
+    def position(self) -> Position:
+        return self.training.position
 
     def execute(self) -> None:
         """Runs all stages that are left and releases the model. Errors are recorded in the ledger and raised."""
@@ -111,14 +93,13 @@ class Pipeline:
                 {
                     "recipe": self.recipe.hash,
                     "seed": self.recipe.seed,
-                    "machine": self.runtime.describe(),
+                    "machine": self.training.describe_machine(),
                     **environment,
                 },
             )
         elif newest is not None or self.run.ledger.of("checkpoint"):
-            ledger.append(
-                "resumed", {"checkpoint": newest.name if newest else None, "machine": self.runtime.describe()}
-            )
+            machine = self.training.describe_machine()
+            ledger.append("resumed", {"checkpoint": newest.name if newest else None, "machine": machine})
         self.reporter.note("reading the sources, training the tokenizer")
         self.corpus = prepare(self.recipe, self.run.path / "data")
         if not ledger.of("data"):
@@ -126,17 +107,13 @@ class Pipeline:
             ledger.append(
                 "tokenizer", {"hash": self.corpus.tokenizer.hash, "vocab_size": self.corpus.tokenizer.vocab_size}
             )
-        initialise(self.model, self.recipe.seed)
         if newest is None:
             self.run.metrics.cut(START)
         else:
             self._restore(newest)
 
     def _restore(self, folder: Path) -> None:
-        tensors, meta = load_state(folder)
-        self.position = Position(**meta["position"])
-        self.optimizer = make_optimizer(self.model, self.recipe.stages[meta["made_by"]].optimizer)
-        restore(self.model, self.optimizer, tensors)
+        self.training.restore(*load_state(folder))
         digest = saved_hash(folder)
         event = next(e for e in reversed(self.run.ledger.of("checkpoint")) if e.data["state_hash"] == digest)
         self.run.metrics.cut(event.data["metrics"])
@@ -150,56 +127,21 @@ class Pipeline:
         self.reporter.stage(stage.kind, position.step, stage.steps)
         if position.step == 0:
             if isinstance(stage, RLStage) and not self._ready(stage):
-                position.skipped.append(stage.kind)
-                position.stage = index + 1
+                self.training.skip(index)
                 return
-            self._new_optimizer(stage)
-        runner = self._runner(index, stage)
+            self.training.enter(index)
+        runner = self.training.runner(index, self.corpus, self.run.checkpoints)
         segment = self._segment(stage)
         for step in range(position.step, stage.steps):
-            figures = runner.step(step)
-            position.step, position.tokens = step + 1, position.tokens + figures["tokens"]
+            figures = self.training.advance(runner, index)
             self._report(segment.line(step + 1, position.tokens, figures, self.seconds))
             done = step + 1 == stage.steps
             if isinstance(stage, RLStage) and (done or (step + 1) % stage.evaluate_every == 0):
                 self._watch(step + 1)
-            if done:
-                position.stage, position.step = index + 1, 0
             if done or (step + 1) % stage.checkpoint_every == 0:
                 self._checkpoint(index, step + 1, segment)
                 segment = self._segment(stage)
         self._evaluate(index)
-
-    def _new_optimizer(self, stage: AnyStage) -> None:
-        """A stage begins with fresh moments; the fp32 masters go on from the stage before."""
-        before = self.optimizer
-        self.optimizer = make_optimizer(self.model, stage.optimizer)
-        if before is not None:
-            masters = {weight.name: weight.master for weight in before.weights}
-            for weight in self.optimizer.weights:
-                weight.master.copy_(masters[weight.name])
-
-    def _runner(self, index: int, stage: AnyStage) -> Runner:
-        assert self.optimizer is not None
-        tokenizer, seed = self.corpus.tokenizer, self.recipe.seed * 1000 + index
-        if isinstance(stage, RLStage):
-            reference = self._model_before(index) if stage.rollout.policy.kl_weight else None
-            engine, mixture = Engine(self.model), Mixture.of(self.recipe.tasks)
-            return PolicyRunner(stage, self.model, self.optimizer, engine, tokenizer, mixture, seed, reference)
-        documents = self.corpus.train
-        if isinstance(stage, SFTStage):
-            documents = PackedDocuments.of(list(demonstration_tokens(self.recipe, stage, tokenizer)))
-        packer = Packer(documents, rows=stage.rows, length=stage.length, seed=seed)
-        return LanguageRunner(stage, self.model, self.optimizer, packer, self.runtime.device)
-
-    def _model_before(self, index: int) -> Transformer:
-        """The model as a stage found it: the reference of its KL penalty."""
-        if self.position.step:
-            model = state_after(self.recipe, self.run.path, index - 1, self.runtime)
-        else:
-            model = build(self.recipe.model, self.model.ops, device=self.runtime.device, dtype=self.runtime.dtype)
-            model.load_state_dict(self.model.state_dict())
-        return model.requires_grad_(False)
 
     def _ready(self, stage: RLStage) -> bool:
         """Whether thinking is right often enough, and clearly better than answering at once, for RL to amplify it."""
@@ -237,14 +179,9 @@ class Pipeline:
         self.reporter.step(line)
 
     def _checkpoint(self, index: int, step: int, segment: Segment) -> None:
-        assert self.optimizer is not None
-        tensors = self.optimizer.state_tensors()
-        tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
-        meta = {"recipe": self.recipe.hash, "made_by": index, "position": asdict(self.position)}
-        stage = self.recipe.stages[index]
-        folder = self.run.checkpoints / checkpoint_name(index, stage.kind, step)
-        digest = save_state(folder, tensors, meta)
-        data = segment.close(step, digest, self.run.metrics.mark())
+        folder = self.run.checkpoints / checkpoint_name(index, self.recipe.stages[index].kind, step)
+        digest = save_state(folder, *self.training.state(index))
+        data = {"name": folder.name, **segment.close(step, digest, self.run.metrics.mark())}
         self.run.ledger.append("checkpoint", {**data, "seconds_total": self.seconds})
         prune(self.run.checkpoints, KEPT_CHECKPOINTS)
 
@@ -328,14 +265,5 @@ class Pipeline:
 def state_after(recipe: Recipe, run: Path, index: int, runtime: Runtime) -> Transformer:
     """The model at the end of stage `index` of a run, from its checkpoint. Raises CheckpointError if there is none."""
     stage = recipe.stages[index]
-    tensors, _ = load_state(RunDir(run).checkpoints / checkpoint_name(index, stage.kind, stage.steps))
-    model = build(recipe.model, select(runtime), device=runtime.device, dtype=runtime.dtype)
-    restore(model, make_optimizer(model, stage.optimizer), tensors)
-    return model
-
-
-def restore(model: Transformer, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts a checkpoint's tensors back into a model and its optimiser."""
-    optimizer.load_state_tensors({n: t for n, t in tensors.items() if not n.startswith("buffer.")})
-    for name, buffer in model.named_buffers():
-        buffer.copy_(tensors[f"buffer.{name}"])
+    name = checkpoint_name(index, stage.kind, stage.steps)
+    return state_at(recipe, RunDir(run).checkpoints / name, runtime)

@@ -8,6 +8,9 @@ RUN/
   checkpoints/      one folder a checkpoint
   model/            the released model
   report.md, report.html
+  dossier/          documents about the model
+  attestation.json  signed statement over all files above
+  replays.jsonl     signed statements of whoever replayed a part of the training
   .lock             held, with the process id in it, by the one process that writes
 """
 
@@ -26,6 +29,7 @@ from glasklar.provenance.files import sweep, write_all, write_atomic, writing
 from glasklar.provenance.ledger import Ledger
 from glasklar.provenance.metrics import Metrics
 
+ATTESTATION = "attestation.json"  # of a run, and of a model's folder
 _ABSENT = object()
 
 
@@ -83,6 +87,22 @@ class RunDir:
         return self.path / "model"
 
     @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def dossier(self) -> Path:
+        return self.path / "dossier"
+
+    @property
+    def attestation_file(self) -> Path:
+        return self.path / ATTESTATION
+
+    @property
+    def replays_file(self) -> Path:
+        return self.path / "replays.jsonl"
+
+    @property
     def report_md(self) -> Path:
         return self.path / "report.md"
 
@@ -115,8 +135,9 @@ class RunDir:
         return run
 
     def close(self) -> None:
-        """Gives the lock back. The lock file stays: removing it would let two processes lock different files."""
+        """Gives the lock back. The lock file stays, empty: removing it would let two processes lock different files."""
         if self._lock is not None:
+            os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
 
@@ -158,7 +179,8 @@ class RunDir:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            self.close()
+            os.close(self._lock)
+            self._lock = None
             raise CheckpointError(
                 f"{self.path}: in use by process {holder}; wait for it, stop it, or choose another --run"
             ) from None

@@ -1,0 +1,200 @@
+"""`glasklar verify`: every hash and signature of a run or of a model's folder, computed again.
+
+Three layers, each of which catches what the others let through:
+    the statement    every file is, to the byte, what its maker signed; none is missing, none was added
+    the chain        the ledger's lines follow from one another, and the signed head is its last
+    the contents     checkpoints, data, tokenizer, figures and weights are those that the ledger speaks of
+
+The third holds even against a maker who signs anew what was patched together. What none of them can show is that the
+training took place as recorded: that takes `glasklar replay`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from glasklar.audit.findings import Findings
+from glasklar.audit.seal import MODEL_KIND, RUN_KIND, file_hashes, model_root, origin
+from glasklar.audit.verify_contents import check_contents
+from glasklar.audit.verify_replays import check_replays
+from glasklar.errors import CheckpointError, RecordError
+from glasklar.provenance.ledger import Event, read_ledger
+from glasklar.provenance.rundir import ATTESTATION, RunDir
+from glasklar.provenance.signing import Statement, own_fingerprint, read_envelope
+
+
+def locate(name: str, home: Path) -> Path:
+    """What a person names: a path, or the name of a run. Raises CheckpointError where there is neither."""
+    for path in (Path(name), home / "runs" / name):
+        if path.exists():
+            return path
+    raise CheckpointError(f"{name!r}: no such file or folder, and no run of this name in {home / 'runs'}")
+
+
+def verify(target: Path, *, home: Path, key: str | None = None, head: str | None = None) -> Findings:
+    """Checks a run folder or the folder of a model released by a run.
+
+    home   where this user's own key lies, to know whether it was the one that signed
+    key    fingerprint that the signature must have: what the maker published, learned from elsewhere
+    head   hash of the ledger's last line as it was anchored elsewhere
+
+    Raises CheckpointError or RecordError where there is nothing to check: no run, no model, no statement with it.
+    """
+    run = RunDir(target)
+    if run.identity_file.is_file() and run.ledger_file.is_file():
+        return _verify_run(run, home, key, head)
+    if (target / ATTESTATION).is_file():
+        return _verify_model(target, home, key, head)
+    if (target / "config.json").is_file():
+        raise RecordError(
+            f"{target}: has no {ATTESTATION}, so nobody claims anything about it that could be checked; "
+            "verify the run that made it, or get the folder with its statement"
+        )
+    raise CheckpointError(f"{target}: neither a run folder, nor a model's folder, nor a receipt (a .json file)")
+
+
+def _verify_run(run: RunDir, home: Path, key: str | None, head: str | None) -> Findings:
+    found = Findings(str(run.path), "run")
+    events = _chain(run, found, head)
+    released = any(event.event == "released" for event in events)
+    if run.attestation_file.is_file():
+        found.guard(ATTESTATION, lambda: _run_statement(run, events, found, home, key))
+    elif released:
+        found.fails(
+            ATTESTATION,
+            "missing: the run is finished, but nobody vouches for its files; its maker signs it with "
+            f"`glasklar train {run.recipe_file.name} --run …`",
+        )
+    else:
+        found.unchecked(ATTESTATION, "the run is not finished and therefore not signed yet")
+    if events:
+        check_contents(run, events, found)
+        check_replays(run, events, found)
+    _lock(run, found)
+    return found
+
+
+def _chain(run: RunDir, found: Findings, head: str | None) -> list[Event]:
+    """The ledger's events; none where the chain is broken."""
+    name = run.ledger_file.name
+    try:
+        events, torn = read_ledger(run.ledger_file)
+    except CheckpointError as error:
+        found.fails(name, str(error).split(": ", 1)[-1].split(";")[0])
+        return []
+    if not events:
+        found.fails(name, "is empty")
+        return []
+    found.holds(name, f"{len(events)} lines, each holds the hash of the line before; head {events[-1].hash}")
+    if torn:
+        found.fails(name, f"{len(torn)} bytes after the last complete line")
+    if head is not None:
+        found.expect(
+            events[-1].hash == head.lower(),
+            "anchored head",
+            "the ledger ends where the head from outside says",
+            f"the ledger ends with {events[-1].hash}, the head from outside is {head}: another or an older ledger",
+        )
+    return events
+
+
+def _run_statement(run: RunDir, events: list[Event], found: Findings, home: Path, key: str | None) -> None:
+    statement = read_envelope(run.attestation_file, RUN_KIND)
+    _signer(statement, found, home, key)
+    _files(run.path, statement, found)
+    if not events:
+        return
+    signed = statement.predicate["ledger"]
+    found.expect(
+        signed == {"head": events[-1].hash, "events": len(events)},
+        "signed head",
+        "the signed head is the ledger's last line",
+        f"signed were {signed['events']} lines ending with {signed['head']}; the ledger has {len(events)} ending with "
+        f"{events[-1].hash}: lines were removed or added after signing, or the statement is an older one",
+    )
+    claims = {name: value for name, value in statement.predicate.items() if name != "ledger"}
+    found.expect(
+        claims == origin(events),
+        "signed origin",
+        "recipe, data root, tokenizer, code and last state in the statement are the ledger's",
+        "the statement names another recipe, data root, tokenizer, code or state than the ledger",
+    )
+
+
+def _verify_model(folder: Path, home: Path, key: str | None, head: str | None) -> Findings:
+    found = Findings(str(folder), "model")
+    found.guard(ATTESTATION, lambda: _model_statement(folder, found, home, key, head))
+    return found
+
+
+def _model_statement(folder: Path, found: Findings, home: Path, key: str | None, head: str | None) -> None:
+    statement = read_envelope(folder / ATTESTATION, MODEL_KIND)
+    _signer(statement, found, home, key)
+    _files(folder, statement, found)
+    claimed, true = statement.predicate["model_root"], model_root(folder)
+    found.expect(
+        claimed == true,
+        "model root",
+        f"{true} follows from the files",
+        f"the statement says {claimed}, the files give {true}",
+    )
+    if head is not None:
+        found.expect(
+            statement.predicate["ledger_head"] == head.lower(),
+            "anchored head",
+            "the model belongs to the ledger whose head was given",
+            f"the model belongs to the ledger with the head {statement.predicate['ledger_head']}, not {head}",
+        )
+    found.unchecked(
+        "training",
+        "that these weights follow from the recipe and data named in the statement: verify and replay the run",
+    )
+
+
+def _signer(statement: Statement, found: Findings, home: Path, key: str | None) -> None:
+    found.holds("signature", f"valid, made with the Ed25519 key {statement.signer}")
+    if key is not None:
+        found.expect(
+            statement.signer == key.lower(),
+            "signer",
+            "the key is the one that was asked for",
+            f"signed with {statement.signer}, not with the key asked for, {key}",
+        )
+    elif statement.signer == own_fingerprint(home):
+        found.holds("signer", "your own key")
+    else:
+        found.unchecked(
+            "signer", "whose key it is: compare its fingerprint with what the maker publishes, or give --key"
+        )
+
+
+def _files(folder: Path, statement: Statement, found: Findings) -> None:
+    """Every file against the statement, in both directions."""
+    there, signed = file_hashes(folder), statement.subjects
+    for name in sorted(there.keys() | signed.keys()):
+        if name not in there:
+            found.fails(name, "missing: it was there when the statement was signed")
+        elif name not in signed:
+            found.fails(name, "not in the signed statement: it was added later")
+        elif there[name] != signed[name]:
+            found.fails(name, f"changed after signing: SHA-256 {there[name][:16]}… instead of {signed[name][:16]}…")
+    same = sum(there.get(name) == digest for name, digest in signed.items())
+    found.expect(
+        there == signed,
+        "files",
+        f"all {same} files are, to the byte, those that were signed, and there are no others",
+        f"{same} of {len(signed)} signed files are as they were signed",
+    )
+
+
+def _lock(run: RunDir, found: Findings) -> None:
+    """The lock is no part of the record, but nothing may hide in it: a process id or nothing."""
+    path = run.path / ".lock"
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        holder = file.read(64)
+    if holder and not (len(holder) < 64 and holder.strip().isdigit()):
+        found.fails(path.name, "holds something else than a process id")
+    elif holder:
+        found.unchecked(path.name, f"process {int(holder)} is writing to this run, or was killed while it did")
