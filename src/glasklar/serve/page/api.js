@@ -1,8 +1,16 @@
 // What the server can be asked.
 
+import { words } from './i18n.js';
+
+// The server's own words for what went wrong; a proxy before it may answer with something else than JSON.
+async function refusal(reply) {
+  const body = await reply.json().catch(() => null);
+  return new Error(body?.error?.message ?? `${reply.status} ${reply.statusText}`);
+}
+
 async function json(path) {
   const reply = await fetch(path, { cache: 'no-store' });
-  if (!reply.ok) throw new Error((await reply.json()).error.message);
+  if (!reply.ok) throw await refusal(reply);
   return reply.json();
 }
 
@@ -17,12 +25,12 @@ export async function* answer(body, signal) {
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
-  if (!reply.ok) throw new Error((await reply.json()).error.message);
+  if (!reply.ok) throw await refusal(reply);
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = '';
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error(words.broken);
     const events = (rest + value).split('\n\n');
     rest = events.pop();
     for (const event of events) {

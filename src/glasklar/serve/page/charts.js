@@ -6,7 +6,9 @@ import { number, share } from './i18n.js';
 const WIDTH = 440, HEIGHT = 190, LEFT = 40, BOTTOM = 22, TOP = 10, RIGHT = 8;
 const COLOURS = ['var(--c1)', 'var(--c2)', 'var(--c3)', 'var(--c4)'];
 
-// series: [{name, points: [[x, y], …], smooth}]; options: {title, percent, zero, label, top}
+const MOST = 600; // points a line; more than the width has pixels is only work
+
+// series: [{name, points: [[x, y, part], …], smooth}], smoothed within a part, never across; options: {title, percent, zero, label, top}
 export function chart(series, options) {
   const all = series.flatMap((one) => one.points);
   const figure = make('figure', {}, make('figcaption', { textContent: options.title }));
@@ -54,14 +56,20 @@ function axes(svg, scale, { percent, label }) {
 }
 
 function line(points, scale, colour, kind) {
-  const d = points.map(([x, y], k) => `${k ? 'L' : 'M'}${scale.x(x).toFixed(1)} ${scale.y(y).toFixed(1)}`).join('');
+  const d = thinned(points).map(([x, y], k) => `${k ? 'L' : 'M'}${scale.x(x).toFixed(1)} ${scale.y(y).toFixed(1)}`).join('');
   return draw('path', { d, class: kind, stroke: colour });
+}
+
+function thinned(points) {
+  const every = Math.ceil(points.length / MOST);
+  return points.filter((_, k) => k % every === 0 || k === points.length - 1);
 }
 
 function smoothed(points) {
   const keep = 1 - 1 / Math.max(1, Math.min(20, points.length / 15));
-  let sum = 0, weight = 0;
-  return points.map(([x, y]) => {
+  let sum = 0, weight = 0, current;
+  return points.map(([x, y, part]) => {
+    if (part !== current) [sum, weight, current] = [0, 0, part];
     sum = keep * sum + y;
     weight = keep * weight + 1;
     return [x, sum / weight];

@@ -2,9 +2,10 @@
 
 import { answer } from './api.js';
 import { find, make } from './dom.js';
-import { number, share, words } from './i18n.js';
+import { number, tenths, words } from './i18n.js';
 
 const UNSURE = Math.log(0.6);
+const STEPS = { ArrowLeft: -1, ArrowRight: 1 };
 
 export class Chat {
   constructor() {
@@ -34,18 +35,23 @@ export class Chat {
     if (!text.trim() || this.running || !this.model) return;
     find('question').value = '';
     grow.call(find('question'));
+    find('notice').replaceChildren();
     this.ask([...(this.singleTurn ? [] : this.messages), { role: 'user', content: text.trim() }]);
   }
 
   async ask(messages) {
-    const turn = new Turn(messages.at(-1).content, () => { if (!this.running) this.ask(messages); });
+    const turn = new Turn(messages.at(-1).content, () => {
+      if (this.running) return;
+      turn.remove();
+      this.ask(messages);
+    });
     this.running = new AbortController();
     this.busy(true);
     try {
       for await (const chunk of answer(this.body(messages), this.running.signal)) turn.take(chunk);
       this.messages = [...messages, { role: 'assistant', content: turn.content }];
     } catch (error) {
-      turn.fail(error.name === 'AbortError' ? words.stopped : error.message, error.name !== 'AbortError');
+      turn.fail(...trouble(error));
     }
     turn.end();
     this.running = null;
@@ -53,10 +59,10 @@ export class Chat {
   }
 
   body(messages) {
-    const thinking = find('thinking').value;
+    const thinking = find('thinking').value, seed = find('seed').valueAsNumber;
     return {
       model: this.model, messages, logprobs: true, top_logprobs: 5,
-      temperature: Number(find('temperature').value), seed: Math.trunc(Number(find('seed').value)),
+      temperature: Number(find('temperature').value), ...(Number.isNaN(seed) ? {} : { seed: Math.trunc(seed) }),
       ...(thinking === 'auto' ? {} : { thinking: { type: thinking } }),
     };
   }
@@ -66,6 +72,13 @@ export class Chat {
     find('stop').hidden = !now;
     if (!now) find('question').focus({ preventScroll: true });
   }
+}
+
+// What to say of an error, and whether it is one: whoever pressed stop wanted it. `fetch` knows lost connections
+// as TypeError, in words of the browser that help nobody.
+function trouble(error) {
+  if (error.name === 'AbortError') return [words.stopped, false];
+  return [error instanceof TypeError ? words.lost : error.message, true];
 }
 
 function grow() {
@@ -85,8 +98,16 @@ class Turn {
     this.answer = make('div', { className: 'answer' });
     this.foot = make('div', { className: 'foot' });
     this.again = again;
-    find('log').append(make('p', { className: 'question', textContent: question }), this.thought, this.answer, this.foot);
+    const asked = make('p', { className: 'question', textContent: question });
+    this.box = make('article', { className: 'turn' }, asked, this.thought, this.answer, this.foot);
+    this.box.addEventListener('keydown', walk);
+    find('log').append(this.box);
+    find('spoken').textContent = words.thinkingNow;
     this.foot.scrollIntoView({ block: 'end' });
+  }
+
+  remove() {
+    this.box.remove();
   }
 
   take(chunk) {
@@ -112,7 +133,7 @@ class Turn {
   }
 
   fail(text, wrong) {
-    this.failed = true;
+    this.failed = text;
     this.foot.append(make('span', { className: wrong ? 'wrong' : '', textContent: text }));
   }
 
@@ -126,17 +147,33 @@ class Turn {
       const tokens = this.usage.completion_tokens;
       this.foot.append(make('span', { textContent: words.facts(tokens, number.format(Math.round(tokens / seconds))) }));
     }
-    if (this.finish === 'length') this.foot.append(make('span', { textContent: words.cut }));
-    this.foot.append(copyButton(() => this.content), make('button', { type: 'button', textContent: words.again, onclick: this.again }));
+    if (this.finish) this.foot.append(make('span', { textContent: words.finish[this.finish] ?? this.finish }));
+    const again = make('button', { type: 'button', className: 'again', textContent: words.again, onclick: this.again });
+    this.foot.append(copyButton(() => this.content), again);
+    // One stop of the Tab key for each run of tokens; the arrow keys go on from there.
+    for (const run of [this.thoughtTokens, this.answer]) run.querySelector('.token')?.removeAttribute('tabindex');
+    find('spoken').textContent = [this.content, this.failed].filter(Boolean).join(' · ') || words.empty;
     this.foot.scrollIntoView({ block: 'nearest' });
   }
+}
+
+function walk(event) {
+  const step = STEPS[event.key];
+  if (!step || !event.target.matches('.token')) return;
+  const tokens = [...event.target.parentElement.querySelectorAll('.token')];
+  const next = tokens[tokens.indexOf(event.target) + step];
+  if (!next) return;
+  event.preventDefault();
+  event.target.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
 }
 
 function copyButton(text) {
   const button = make('button', { type: 'button', textContent: words.copy });
   button.addEventListener('click', async () => {
-    await navigator.clipboard.writeText(text());
-    button.textContent = words.copied;
+    const done = await navigator.clipboard.writeText(text()).then(() => true, () => false);
+    button.textContent = done ? words.copied : words.notCopied;
     setTimeout(() => { button.textContent = words.copy; }, 1500);
   });
   return button;
@@ -146,7 +183,8 @@ function copyButton(text) {
 function token(entry) {
   const kind = entry.logprob < UNSURE ? 'token unsure' : 'token';
   const breaks = entry.token.match(/\n*$/)[0], text = entry.token.slice(0, entry.token.length - breaks.length);
-  const button = make('button', { type: 'button', className: kind, textContent: text || '↵', onclick: () => lookInside(entry) });
+  const button = make('button', { type: 'button', className: kind, tabIndex: -1, textContent: text || '↵' });
+  button.addEventListener('click', () => lookInside(entry));
   return text ? [button, breaks] : [breakSign(button), breaks];
 }
 
@@ -168,5 +206,5 @@ function lookInside(entry) {
   find('inside').showModal();
 }
 
-const exact = (p) => (p < 0.0005 ? '< 0.1 %' : `${(100 * p).toFixed(1)} %`);
+const exact = (p) => (p < 0.0005 ? `< ${tenths.format(0.001)}` : tenths.format(p));
 const visible = (text) => text.replaceAll('\n', '↵').replaceAll(' ', '␣');

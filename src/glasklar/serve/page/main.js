@@ -2,12 +2,12 @@
 
 import { metrics, status } from './api.js';
 import { Chat } from './chat.js';
-import { find } from './dom.js';
+import { find, make } from './dom.js';
 import { translate, words } from './i18n.js';
 import { Training } from './training.js';
 
 const EVERY = 1000;
-let state = null;
+let state = null, model = null, hasRun = false;
 
 translate(document);
 const training = new Training();
@@ -15,42 +15,60 @@ const chat = new Chat();
 
 function show() {
   const wanted = location.hash.slice(1);
-  const view = state === 'serving' && wanted !== 'training' ? 'chat' : 'training';
+  const view = state === 'serving' && (wanted !== 'training' || !hasRun) ? 'chat' : 'training';
   for (const name of ['chat', 'training']) {
     find(name).hidden = name !== view;
     const link = document.querySelector(`nav a[href="#${name}"]`);
-    link.toggleAttribute('aria-current', name === view);
-    link.hidden = name === 'chat' && state !== 'serving';
+    if (name === view) link.setAttribute('aria-current', 'page');
+    else link.removeAttribute('aria-current');
+    link.hidden = name === 'chat' ? state !== 'serving' : state === 'serving' && !hasRun;
   }
 }
 
-async function look() {
-  const now = await status();
-  find('trouble').hidden = true;
+// The chat takes the place of the training by itself; this says so and leads back.
+function announce() {
+  const back = make('a', { href: '#training', textContent: words.howItWasMade });
+  find('notice').replaceChildren(`${words.ready} `, back);
+  location.hash = '#chat';
+  find('question').focus();
+}
+
+function apply(now, news) {
   find('model').textContent = now.model ?? now.run ?? '';
-  const news = await metrics(training.next);
   if (news.lines.length || now.state !== state) {
     training.take(news);
     training.show(now.state, now.error);
   }
-  if (now.state !== state) {
-    const finished = state === 'training' && now.state === 'serving';
-    state = now.state;
-    if (now.model) chat.serve(now.model, now.single_turn);
-    if (finished) location.hash = '#chat';
-    show();
-    if (now.model) document.title = `${now.model} · glasklar`;
+  if (now.model && now.model !== model) {
+    model = now.model;
+    chat.serve(model, now.single_turn);
+    document.title = `${model} · glasklar`;
   }
+  if (now.state === state && hasRun === (now.run !== null)) return;
+  const finished = state === 'training' && now.state === 'serving';
+  state = now.state;
+  hasRun = now.run !== null;
+  show();
+  if (finished) announce();
+}
+
+function reachable(yes) {
+  if (find('trouble').hidden === yes) return; // said once, not at every attempt
+  find('trouble').textContent = yes ? '' : words.gone;
+  find('trouble').hidden = yes;
 }
 
 async function watch() {
+  let news = null;
   try {
-    await look();
+    news = [await status(), await metrics(training.next)];
   } catch {
-    find('trouble').textContent = words.gone;
-    find('trouble').hidden = false;
+    reachable(false);
   }
-  setTimeout(watch, state === 'serving' ? 5 * EVERY : EVERY);
+  setTimeout(watch, news && state === 'serving' ? 5 * EVERY : EVERY);
+  if (!news) return;
+  reachable(true);
+  apply(...news);
 }
 
 addEventListener('hashchange', show);

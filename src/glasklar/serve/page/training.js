@@ -36,7 +36,7 @@ export class Training {
   show(state, error) {
     const last = this.steps.at(-1);
     if (state === 'failed') this.hero(words.failed, words.failed, error, 0, '');
-    else if (state === 'serving') this.hero(words.done, words.doneHeadline, words.doneStory, 1, this.total());
+    else if (state === 'serving') this.hero(words.done, this.outcome(), words.doneStory, 1, this.total());
     else if (!last) this.hero(words.waiting, words.waiting, words.waitingStory, 0, '');
     else this.now(last);
     this.scores();
@@ -44,9 +44,13 @@ export class Training {
   }
 
   now(last) {
-    const timing = words.timing(last.step, last.of, number.format(Math.round(last.tokens_per_second)), clock(last.seconds_left));
+    const timing = words.timing(last.step, last.of, number.format(Math.round(last.tokens_per_second ?? 0)), clock(last.seconds_left ?? 0));
     const name = words.stageNumber(last.part, words.stages[last.stage] ?? last.stage);
     this.hero(name, words.headlines[last.stage] ?? name, words.stories[last.stage] ?? '', last.step / last.of, timing);
+  }
+
+  outcome() {
+    return this.steps.some((line) => line.stage === 'rl') ? words.doneHeadline : words.doneElse;
   }
 
   total() {
@@ -68,6 +72,7 @@ export class Training {
     if (!after) return;
     const reinforced = before && after !== before;
     for (const [name, scores] of [['mean', after.mean], ...Object.entries(after.tasks)]) {
+      if (scores?.greedy === undefined) continue;
       const earlier = name === 'mean' ? before?.mean : before?.tasks?.[name];
       const card = make('div', { className: 'card' },
         make('span', { className: 'muted', textContent: name === 'mean' ? words.mean : words.tasks[name] ?? name }),
@@ -84,13 +89,13 @@ export class Training {
     const loaded = this.steps.filter((line) => line.load_max_mean?.length && line.tokens);
     if (acting.length) shown.push(...this.reinforcement(acting));
     if (reading.length) {
-      const points = reading.map((line, k) => [k + 1, line.loss]);
+      const points = reading.map((line, k) => [k + 1, line.loss, line.part]);
       shown.push(chart([{ name: words.loss, points, smooth: true }], { title: words.loss, zero: true, label: '' }));
     }
     if (loaded.length) {
       const layers = Math.min(...loaded.map((line) => line.load_max_mean.length));
       const series = Array.from({ length: Math.min(4, layers) }, (_, k) => ({
-        name: words.layer(k + 1), smooth: true, points: loaded.map((line, i) => [i + 1, line.load_max_mean[k]]),
+        name: words.layer(k + 1), smooth: true, points: loaded.map((line, i) => [i + 1, line.load_max_mean[k], line.part]),
       }));
       shown.push(chart(series, { title: words.load, top: 1.5 }));
     }
@@ -104,7 +109,7 @@ export class Training {
     const tasks = Object.keys(watched[0]?.tasks ?? {});
     const unseen = tasks.map((name) => ({
       name: words.tasks[name] ?? name,
-      points: [...(start ? [[0, start.tasks[name].greedy]] : []), ...watched.map((line) => [line.step, line.tasks[name].greedy])],
+      points: [...(start?.tasks[name] ? [[0, start.tasks[name].greedy]] : []), ...watched.filter((line) => line.tasks[name]).map((line) => [line.step, line.tasks[name].greedy])],
     }));
     const shown = [];
     if (unseen.length) shown.push(chart(unseen, { title: words.unseen, percent: true }));
