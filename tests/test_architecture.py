@@ -24,7 +24,7 @@ def parse_order(text: str) -> dict[str, tuple[int, int]]:
 
     Rooms joined by `|` do not see each other: they are groups of their own. Rooms joined by commas share a group.
     """
-    lines = re.findall(r"^`(cli > [^`]+)`$", text, re.MULTILINE)
+    lines = re.findall(r"^`(cli\b[^`]*>[^`]+)`$", text, re.MULTILINE)
     assert len(lines) == 1, f"docs/DESIGN.md holds {len(lines)} lines of the form `cli > ...`, expected one"
     order = {}
     for level, rooms in enumerate(lines[0].split(" > ")):

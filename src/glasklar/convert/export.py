@@ -1,0 +1,129 @@
+"""Any model out: a Hugging Face folder for transformers and vLLM, a GGUF file for llama.cpp and what stands on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import torch
+
+from glasklar.convert.gguf_metadata import DType, architecture, metadata
+from glasklar.convert.gguf_tensors import entries
+from glasklar.convert.gguf_vocab import read_vocabulary
+from glasklar.errors import CheckpointError
+from glasklar.model.checkpoint import hf_tensors, load_model, save_model
+from glasklar.model.hf_config import read_json
+from glasklar.model.transformer import Transformer
+from glasklar.ops.select import REFERENCE
+
+Format = Literal["hf", "gguf"]
+_TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What makes a folder a model beside its weights and configuration, which are written anew.
+_COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
+    "merges.txt", "recipe.json", "LICENSE", "README.md",
+)  # fmt: skip
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What was written. `notes`: what the copy lacks or has otherwise, in whole sentences."""
+
+    path: Path
+    format: Format
+    dtype: DType
+    bytes: int
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    folder: Path,
+    out: Path,
+    *,
+    to: str,
+    dtype: str,
+    name: str,
+    progress: Progress = lambda done, total: None,
+) -> Converted:
+    """Writes the model of a Hugging Face folder as `to` ("hf": a folder, "gguf": a file) at `out`, whole or not at all.
+
+    dtype      "fp32", "bf16", "fp16"; "q8_0" (8 bits and a scale for 32 values) for GGUF alone
+    name       what the model calls itself in a GGUF file
+    progress   is told bytes written and bytes in all
+
+    Raises CheckpointError: `out` exists, the format cannot carry the model, or an unknown format or dtype.
+    """
+    if to not in get_args(Format):
+        raise CheckpointError(f"--to {to}: use one of {', '.join(get_args(Format))}")
+    if dtype not in get_args(DType):
+        raise CheckpointError(f"--dtype {dtype}: use one of {', '.join(get_args(DType))}")
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out}: exists already; choose another --out or remove it first")
+    kind = cast(DType, dtype)
+    return _to_hf(folder, out, kind) if to == "hf" else _to_gguf(folder, out, kind, name, progress)
+
+
+def _to_hf(folder: Path, out: Path, dtype: DType) -> Converted:
+    if dtype == "q8_0":
+        raise CheckpointError("--dtype q8_0: Hugging Face folders know no such type; use fp32, bf16, fp16 or --to gguf")
+    model = _load(folder, _TORCH[dtype])
+    if dtype == "fp16":
+        for name, tensor in hf_tensors(model).items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{name}: has values beyond fp16; use --dtype bf16")
+    extra = {companion: path.read_bytes() for companion in _COMPANIONS if (path := folder / companion).is_file()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, out, extra=extra)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    return Converted(path=out, format="hf", dtype=dtype, bytes=size)
+
+
+def _to_gguf(folder: Path, out: Path, dtype: DType, name: str, progress: Progress) -> Converted:
+    try:
+        from glasklar.convert.gguf_file import write_gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise CheckpointError("--to gguf needs the package gguf: pip install 'glasklar[gguf]'") from None
+    # Quantising starts from the numbers as they are stored; other types are reached in one rounding.
+    model = _load(folder, _TORCH.get(dtype) or _stored_dtype(folder))
+    config = model.config
+    keys = metadata(config)
+    vocabulary = read_vocabulary(folder, config.vocab_size) if (folder / "tokenizer.json").is_file() else None
+    halves = write_gguf(
+        out,
+        list(entries(hf_tensors(model), config)),
+        keys if vocabulary else {**keys, "tokenizer.ggml.model": "none"},
+        vocabulary,
+        name=name,
+        architecture=architecture(config),
+        dtype=dtype,
+        progress=progress,
+    )
+    notes = (
+        list(vocabulary.notes) if vocabulary else [f"{folder} has no tokenizer.json: the file speaks token ids only"]
+    )
+    if config.num_nextn_predict_layers:
+        notes.append(
+            f"left out: {config.num_nextn_predict_layers} layer(s) for multi-token prediction, which "
+            "llama.cpp does not use in this architecture; the answers do not depend on them (--to hf keeps them)"
+        )
+    if halves:
+        notes.append(f"in fp16 because their rows are no multiple of 32: {len(halves)} tensors, e.g. {halves[0]}")
+    return Converted(path=out, format="gguf", dtype=dtype, bytes=out.stat().st_size, notes=notes)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Transformer:
+    return load_model(folder, dtype=dtype, ops=REFERENCE, device="cpu").requires_grad_(False)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The type that config.json names; fp32, which loses nothing, where it names none."""
+    table = read_json(folder / "config.json")
+    return _STORED.get(str(table.get("dtype") or table.get("torch_dtype")), torch.float32)
