@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from glasklar.errors import GlasklarError
+from glasklar.errors import GlasklarError, RecordError
 from glasklar.runtime import Runtime, prepare, start
 
 app = typer.Typer(
@@ -166,6 +166,9 @@ def verify(
         str | None, typer.Option(help="Fingerprint that the signature must have, known from elsewhere")
     ] = None,
     head: Annotated[str | None, typer.Option(help="Hash of the ledger's last line, as anchored elsewhere")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a receipt's model, if it is not one of your runs")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute every hash and signature again: what holds, what does not, what cannot be told. Exit code 0, 1."""
@@ -173,8 +176,63 @@ def verify(
     from glasklar.audit.verify import verify as check
 
     _runtime(None)
-    found = check(locate(target, _home()), home=_home(), key=key, head=head)
+    found = check(locate(target, _home()), home=_home(), key=key, head=head, model=model)
     _findings(found, as_json)
+
+
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run by folder or name")],
+    segment: Annotated[str | None, typer.Option(help="Number of a segment, or the checkpoint that ends it")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="The whole training")] = False,
+    beacon: Annotated[str | None, typer.Option(help="Public random value that draws what is replayed")] = None,
+    count: Annotated[int, typer.Option("-n", help="How many stretches to draw")] = 5,
+    rebuild_data: Annotated[
+        bool, typer.Option("--rebuild-data", help="Make the data from their sources again")
+    ] = False,
+    tolerance: Annotated[
+        float | None, typer.Option(help="On another class of machine: let losses differ so far")
+    ] = None,
+    sign: Annotated[
+        bool, typer.Option("--sign/--no-sign", help="Add equal segments to the run's coverage table")
+    ] = True,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: as recorded")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Do a part of a run's training again and compare the states bit for bit. Exit code 0 equal, 1 not."""
+    if (segment is not None) + everything + (beacon is not None) != 1:
+        raise typer.BadParameter("give one of --segment, --all and --beacon")
+    folder, count_of_threads = _recorded(run, threads)
+    runtime = _runtime(count_of_threads)
+    from glasklar.audit import replay as again
+    from glasklar.provenance.rundir import RunDir
+    from glasklar.provenance.signing import Signer
+
+    def choose(record: again.Record) -> list[again.Stretch]:
+        if beacon is not None:
+            return again.draw(record, beacon, count)
+        return record.stretches() if segment is None else [record.leading_to(segment)]
+
+    found = again.replay(
+        RunDir(folder),
+        choose,
+        runtime=runtime,
+        signer=Signer.open(_home()) if sign else None,
+        rebuild_data=rebuild_data,
+        tolerance=tolerance,
+        progress=lambda text: err.print(text, highlight=False),
+    )
+    _findings(found, as_json)
+
+
+def _recorded(name: str, threads: int | None) -> tuple[Path, int | None]:
+    """The run's folder and how many threads it was made with. Read before torch is loaded, which fixes them."""
+    folder = next((path for path in (Path(name), _home() / "runs" / name) if path.is_dir()), Path(name))
+    try:
+        with (folder / "ledger.jsonl").open(encoding="utf-8") as lines:
+            return folder, threads or int(json.loads(next(lines))["data"]["machine"]["threads"])
+    except (OSError, StopIteration, ValueError, LookupError, TypeError) as error:
+        raise RecordError(f"{folder}: no ledger that begins with a run ({error}); name a run's folder") from None
 
 
 def _findings(found: Any, as_json: bool) -> None:

@@ -13,14 +13,13 @@ from typing import Any
 
 from glasklar.errors import RecordError
 from glasklar.provenance.files import write_atomic
-from glasklar.provenance.hashing import canonical_json, leaf_hash, merkle_root, sha256_file
+from glasklar.provenance.hashing import canonical_json, sha256_file
 from glasklar.provenance.ledger import Event, read_ledger
+from glasklar.provenance.receipt import model_root
 from glasklar.provenance.rundir import ATTESTATION, RunDir
 from glasklar.provenance.signing import Signer
 
 RUN_KIND, MODEL_KIND = "urn:x-glasklar:run:v1", "urn:x-glasklar:model:v1"
-# What determines answers; a card beside the weights does not.
-_MODEL_FILES = (".json", ".safetensors")
 
 
 def seal(run: RunDir, signer: Signer) -> None:
@@ -67,15 +66,6 @@ def sealed_files(folder: Path) -> list[Path]:
         if path.is_file():
             found.append(path)
     return found
-
-
-def model_root(folder: Path) -> str:
-    """One hash for what a model's answers depend on: a Merkle root over names and SHA-256 of its files.
-
-    Weights, configuration, tokenizer; the same for a copy anywhere. Hugging Face folders of others have one as well.
-    """
-    files = [p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.name != ATTESTATION and p.is_file()]
-    return merkle_root(leaf_hash({"name": path.name, "sha256": sha256_file(path)}) for path in files)
 
 
 def _write(path: Path, envelope: dict[str, Any]) -> None:

@@ -14,11 +14,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from glasklar.audit.findings import Findings
-from glasklar.audit.seal import MODEL_KIND, RUN_KIND, file_hashes, model_root, origin
+from glasklar.audit.receipt import verify_receipt
+from glasklar.audit.seal import MODEL_KIND, RUN_KIND, file_hashes, origin
 from glasklar.audit.verify_contents import check_contents
 from glasklar.audit.verify_replays import check_replays
 from glasklar.errors import CheckpointError, RecordError
 from glasklar.provenance.ledger import Event, read_ledger
+from glasklar.provenance.receipt import model_root
 from glasklar.provenance.rundir import ATTESTATION, RunDir
 from glasklar.provenance.signing import Statement, own_fingerprint, read_envelope
 
@@ -31,15 +33,20 @@ def locate(name: str, home: Path) -> Path:
     raise CheckpointError(f"{name!r}: no such file or folder, and no run of this name in {home / 'runs'}")
 
 
-def verify(target: Path, *, home: Path, key: str | None = None, head: str | None = None) -> Findings:
-    """Checks a run folder or the folder of a model released by a run.
+def verify(
+    target: Path, *, home: Path, key: str | None = None, head: str | None = None, model: Path | None = None
+) -> Findings:
+    """Checks a run folder, the folder of a model released by a run, or a receipt.
 
     home   where this user's own key lies, to know whether it was the one that signed
     key    fingerprint that the signature must have: what the maker published, learned from elsewhere
     head   hash of the ledger's last line as it was anchored elsewhere
+    model  folder of a receipt's model, where it is not among the runs of `home`
 
     Raises CheckpointError or RecordError where there is nothing to check: no run, no model, no statement with it.
     """
+    if target.is_file():
+        return verify_receipt(target, home=home, model=model, key=key)
     run = RunDir(target)
     if run.identity_file.is_file() and run.ledger_file.is_file():
         return _verify_run(run, home, key, head)

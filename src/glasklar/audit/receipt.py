@@ -1,0 +1,119 @@
+"""Verification of a receipt: the answer is given again, on this machine, token for token."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from glasklar.audit.findings import Findings
+from glasklar.engine.engine import Engine
+from glasklar.engine.request import Completion, SamplingParams
+from glasklar.errors import RecordError
+from glasklar.loading import Model, load
+from glasklar.provenance.environment import code_identity
+from glasklar.provenance.receipt import Receipt, logprob_digest, model_root, open_receipt
+from glasklar.runtime import Runtime, start
+
+
+def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: str | None = None) -> Findings:
+    """Checks signature and digests of a receipt and gives its answer again.
+
+    path    the envelope, or a JSON object that holds it under "receipt"
+    home    where runs lie, to find the model by its root
+    model   its folder, if it lies elsewhere
+
+    Raises RecordError where the file is no JSON.
+    """
+    found = Findings(str(path), "receipt")
+    envelope = _read(path)
+    try:
+        receipt = open_receipt(envelope, path.name)
+    except RecordError as error:
+        found.fails("receipt", str(error))
+        return found
+    found.holds("signature", f"valid, made with the Ed25519 key {receipt.signer}")
+    if key is not None:
+        good, bad = "the key is the one that was asked for", f"signed with {receipt.signer}, not with {key}"
+        found.expect(receipt.signer == key.lower(), "signer", good, bad)
+    folder = find_by_root(receipt.model, home) if model is None else model
+    if folder is None:
+        found.unchecked("answer", f"the model {receipt.model} is not among this machine's runs; give --model FOLDER")
+    elif model_root(folder) != receipt.model:
+        found.fails("model", f"{folder} is another model than the receipt's, {receipt.model}")
+    else:
+        found.holds("model", f"{folder} is the model of the receipt, {receipt.model}")
+        found.guard("answer", lambda: check_answer(receipt, load(folder, _runtime(receipt)), found))
+    return found
+
+
+def check_answer(receipt: Receipt, model: Model, found: Findings) -> None:
+    """Gives the answer again and compares ids, end and log-probabilities."""
+    [again] = Engine(model.network).generate([receipt.prompt], sampling(receipt))
+    ids = len(receipt.ids)
+    if again.ids != receipt.ids:
+        place = next((i for i in range(min(ids, len(again.ids))) if again.ids[i] != receipt.ids[i]), None)
+        where = f"token {place + 1}" if place is not None else f"the length, {len(again.ids)} here and {ids} there"
+        found.fails("answer", f"this machine answers otherwise from {where} on{_circumstances(receipt, model)}")
+        return
+    found.holds("answer", f"all {ids} tokens come out the same")
+    if receipt.finish != "cancelled":
+        good, bad = f"ends the same way ({again.finish})", f"ends with {again.finish}, there with {receipt.finish}"
+        found.expect(again.finish == receipt.finish, "end", good, bad)
+    _logprobs(receipt, again, model, found)
+
+
+def sampling(receipt: Receipt) -> SamplingParams:
+    """The settings of a receipt; an answer that the caller cut off is made up to there."""
+    given = dict(receipt.sampling)
+    unknown = set(given) - {field.name for field in fields(SamplingParams)}
+    if unknown:
+        raise RecordError(f"sampling setting {min(unknown)!r}: not one of this version's; use the receipt's version")
+    given["stop_ids"] = tuple(given["stop_ids"])
+    given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
+    if receipt.finish == "cancelled":
+        given["max_tokens"] = len(receipt.ids)
+    return SamplingParams(**given)
+
+
+def find_by_root(root: str, home: Path) -> Path | None:
+    """The released model with this root among the runs under `home`."""
+    models = (run / "model" for run in sorted((home / "runs").glob("*")))
+    return next(
+        (folder for folder in models if (folder / "config.json").is_file() and model_root(folder) == root), None
+    )
+
+
+def _logprobs(receipt: Receipt, again: Completion, model: Model, found: Findings) -> None:
+    other = _circumstances(receipt, model)
+    if logprob_digest(again.logprobs) == receipt.logprobs:
+        found.holds("log-probabilities", "the same bits")
+    elif other:
+        found.unchecked("log-probabilities", f"other bits, which may come from rounding{other}")
+    else:
+        found.fails("log-probabilities", "other bits on the same class of machine and code: another computation")
+
+
+def _circumstances(receipt: Receipt, model: Model) -> str:
+    there = receipt.engine["machine"]
+    here = _runtime(receipt).describe() | {"ops": model.network.ops.name}
+    names = ("device", "compute", "threads", "cpu", "cpu_capability", "gpu", "torch", "ops")
+    other = [f"{name} {there.get(name)} there, {here[name]} here" for name in names if there.get(name) != here[name]]
+    if receipt.engine["code"] != code_identity()["files"]:
+        other.append(f"other code than glasklar {receipt.engine['version']} there")
+    return f" ({'; '.join(other)})" if other else ""
+
+
+def _runtime(receipt: Receipt) -> Runtime:
+    """This machine with the threads and the precision of the receipt."""
+    machine = receipt.engine["machine"]
+    return start(machine["threads"], machine["device"], machine["compute"])
+
+
+def _read(path: Path) -> Any:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: no JSON file that could be read ({error})") from None
+    return value["receipt"] if isinstance(value, dict) and "receipt" in value else value
