@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from glasklar.data.documents import Document
 from glasklar.data.tokenizer import Tokenizer
@@ -13,7 +14,6 @@ from glasklar.model.attention import document_mask
 from glasklar.model.transformer import Transformer
 
 
-@torch.inference_mode()
 def bits_per_byte(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -23,7 +23,32 @@ def bits_per_byte(
     rows: int = 8,
     max_bytes: int | None = None,
 ) -> float:
+    """Of a model of ours; see `bits_per_byte_of`."""
+
+    @torch.inference_mode()
+    def score(ids_BT: Tensor) -> Tensor:
+        ids_BT = ids_BT.to(model.head_WD.device)
+        position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        at = model.at(position_BT, document_mask(torch.zeros_like(ids_BT), model.dtype))
+        hidden_TD = model(ids_BT, at).hidden_BTD[:, :-1].flatten(0, 1)
+        logprob_T, _ = model.ops.token_logprobs(hidden_TD, model.head_WD, ids_BT[:, 1:].flatten())
+        return logprob_T.view(len(ids_BT), -1)
+
+    return bits_per_byte_of(score, tokenizer, documents, length=length, rows=rows, max_bytes=max_bytes)
+
+
+def bits_per_byte_of(
+    score: Callable[[Tensor], Tensor],
+    tokenizer: Tokenizer,
+    documents: Sequence[Document],
+    *,
+    length: int,
+    rows: int = 8,
+    max_bytes: int | None = None,
+) -> float:
     """-log2 p(document) over its UTF-8 bytes, summed over whole documents (the end token is not counted).
+
+    score   ids [B, T] -> log-probability of each token but the first [B, T - 1], nats
 
     Windows of `length` tokens overlap by half: a token is scored with at least length/2 tokens before it, except at a
     document's beginning. `max_bytes` stops after the first documents that reach it.
@@ -37,7 +62,7 @@ def bits_per_byte(
         windows += _windows([tokenizer.bos_id, *tokenizer.encode(document.text)], length)
     nats = 0.0
     for i in range(0, len(windows), rows):
-        nats += _score(model, windows[i : i + rows], length, tokenizer.pad_id)
+        nats += _nats(score, windows[i : i + rows], length, tokenizer.pad_id)
     return nats / math.log(2) / total_bytes
 
 
@@ -50,13 +75,8 @@ def _windows(ids: list[int], length: int) -> list[tuple[list[int], int]]:
     return pieces
 
 
-def _score(model: Transformer, windows: list[tuple[list[int], int]], length: int, pad: int) -> float:
-    ids_BT = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in windows], device=model.head_WD.device)
-    position_BT = torch.arange(length, device=ids_BT.device).expand_as(ids_BT)
-    at = model.at(position_BT, document_mask(torch.zeros_like(ids_BT), model.dtype))
-    hidden_BTD = model(ids_BT, at).hidden_BTD
-    logprob_BT = model.ops.token_logprobs(hidden_BTD[:, :-1].flatten(0, 1), model.head_WD, ids_BT[:, 1:].flatten())[0]
-    logprob_BT = logprob_BT.view(len(windows), length - 1)
+def _nats(score: Callable[[Tensor], Tensor], windows: list[tuple[list[int], int]], length: int, pad: int) -> float:
+    logprob_BT = score(torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in windows]))
     return -sum(
         logprob_BT[row, first - 1 : len(ids) - 1].double().sum().item() for row, (ids, first) in enumerate(windows)
     )

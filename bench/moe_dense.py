@@ -1,0 +1,90 @@
+"""Does a mixture of experts pay against a dense network? Per FLOP, and per second on this machine; two sizes.
+
+    python bench/moe_dense.py                 # 3 minutes a network; docs/lab/moe-dense.json and .png
+
+Same text (the `stdlib` recipe), batches, optimiser and schedule; the dense network has as many parameters as the other
+one has at work on a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from glasklar.runtime import prepare, start
+
+THREADS = prepare()
+
+from glasklar.corpus import prepare as prepare_corpus  # noqa: E402
+from glasklar.recipe import PretrainStage, load_recipe  # noqa: E402
+from race import equal_active, ours, race  # noqa: E402  the environment comes first
+
+LAB = Path(__file__).parents[1] / "docs" / "lab"
+WATCHED = 120_000
+SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 32,
+         "intermediate_size": 320, "moe_intermediate_size": 80}  # fmt: skip
+
+
+def measure(minutes: float) -> dict[str, Any]:
+    runtime = start(THREADS)
+    recipe = load_recipe("stdlib")
+    [stage] = recipe.stages
+    assert isinstance(stage, PretrainStage)
+    result: dict[str, Any] = {"minutes": minutes, "sizes": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = prepare_corpus(recipe, Path(folder))
+        for size, config in {"small": recipe.model.replace(**SMALL), "large": recipe.model}.items():
+            found = []
+            for name, shape in {"mixture of experts": config, "dense": equal_active(config)}.items():
+                found.append(race(ours(name, shape, stage, corpus, runtime), stage, corpus, minutes * 60, WATCHED))
+                print(f"{size} {name:20} {found[-1]['bits_per_byte']:.3f} bits/byte", file=sys.stderr)
+            result["sizes"][size] = found
+    return result
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(2, 2, figsize=(9, 7), layout="constrained", sharey="row")
+    for row, (size, networks) in zip(grid, result["sizes"].items(), strict=True):
+        for axes, key, label in zip(row, ("flops", "seconds"), ("training FLOPs", "seconds"), strict=True):
+            for network in networks:
+                curve = network["curve"]
+                axes.plot([p[key] for p in curve], [p["bits_per_byte"] for p in curve], marker="o", markersize=3,
+                          label=f"{network['name']}, {network['parameters'] / 1e6:.1f} M")  # fmt: skip
+            active = networks[0]["active"] / 1e6
+            axes.set(xlabel=label, title=f"{size}: {active:.1f} M parameters at work on a token")
+            axes.grid(alpha=0.25)
+        row[0].set_ylabel("bits per byte, held-out files")
+        row[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--out", type=Path, default=LAB)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    result = measure(arguments.minutes)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "moe-dense.json").write_text(json.dumps(result, indent=1))
+    plot(result, arguments.out / "moe-dense.png")
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for size, networks in result["sizes"].items():
+        for n in networks:
+            tokens = n["tokens"] / n["seconds"]
+            print(f"{size:6} {n['name']:20} {n['bits_per_byte']:.3f} bits/byte  {tokens:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
