@@ -225,6 +225,36 @@ def replay(
     _findings(found, as_json)
 
 
+@app.command()
+def trace(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run by folder or name")],
+    text: Annotated[str | None, typer.Argument(help="The span in question")] = None,
+    ids: Annotated[str | None, typer.Option(help="Token ids, comma-separated, instead of a text")] = None,
+    shortest: Annotated[int, typer.Option(help="Least number of tokens in common")] = 15,
+    states: Annotated[bool, typer.Option("--states", help="Also its log-probability at every kept checkpoint")] = False,
+    as_json: AsJson = False,
+    threads: Threads = None,
+) -> None:
+    """Find the training documents that hold a span verbatim, and the steps that showed them."""
+    runtime = _runtime(threads)
+    from glasklar.audit import trace as tracing
+    from glasklar.audit.verify import locate
+    from glasklar.provenance.rundir import RunDir
+
+    tracer = tracing.Tracer(RunDir(locate(run, _home())), _home() / "cache" / "trace")
+    query = tracing.parse_query(tracer.tokenizer, text, ids)
+    overlaps = tracer.find(query, shortest=shortest)
+    result = tracing.as_json(overlaps, tracer.facts["root"])
+    lines = [*map(str, overlaps), f"{len(overlaps)} overlaps: {tracing.LABEL}"]
+    if states and overlaps:
+        result["states"] = tracer.likelihoods(overlaps[0], query, runtime)
+        lines += [f"    {name}: {value:.3f} nats a token" for name, value in result["states"]]
+    if as_json:
+        _print(result, True, None)
+    else:
+        out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
 def _recorded(name: str, threads: int | None) -> tuple[Path, int | None]:
     """The run's folder and how many threads it was made with. Read before torch is loaded, which fixes them."""
     folder = next((path for path in (Path(name), _home() / "runs" / name) if path.is_dir()), Path(name))

@@ -75,11 +75,20 @@ def _encoded(recipe: Recipe, train: list[Document], tokenizer: Tokenizer) -> Ite
     """Ids and loss weights of the documents. Only what the tasks wrote may hold special tokens."""
     weight = next((source.question_weight for source in recipe.sources if isinstance(source, TaskSource)), 1.0)
     for trusted in (False, True):
-        texts = [document.text for document in train if document.source.startswith("task:") == trusted]
+        texts = [document.text for document in train if _trusted(document) == trusted]
         for body in tokenizer.encode_many(texts, trusted=trusted):
             ids = [tokenizer.bos_id, *body, tokenizer.eos_id]
             asked = ids.index(tokenizer.assistant_id) + 1 if trusted and tokenizer.assistant_id in ids else 0
             yield ids, [weight] * asked + [1.0] * (len(ids) - asked)
+
+
+def packed_order(train: list[Document]) -> list[Document]:
+    """The documents in the order in which their tokens lie in the training file."""
+    return sorted(train, key=_trusted)
+
+
+def _trusted(document: Document) -> bool:
+    return document.source.startswith("task:")
 
 
 def split_documents(recipe: Recipe) -> tuple[list[Document], list[Document]]:

@@ -102,6 +102,12 @@ class Packer:
         """Batch number `k`, from 0."""
         return self._fill([self._row(k * self.rows + row) for row in range(self.rows)])
 
+    def documents_in(self, k: int) -> set[int]:
+        """Numbers of the documents that batch number `k` shows, wholly or in part."""
+        pieces = [piece for row in range(self.rows) for piece in self._row(k * self.rows + row)]
+        begins = self.pieces[pieces, 0]
+        return set((np.searchsorted(self.documents.starts, begins, "right") - 1).tolist())
+
     def _row(self, number: int) -> list[int]:
         """Pieces in row `number`, counted over all epochs."""
         epoch = 0

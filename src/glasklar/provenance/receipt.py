@@ -2,7 +2,13 @@
 
 A receipt names the model by its root, the engine by version and machine, and holds the prompt's ids, the sampling
 settings with the seed, the ids of the answer and a digest of their log-probabilities. It is enough to give the same
-answer again, token for token, because the engine's numbers do not depend on what else it computes at the time.
+answer again.
+
+An answer that an engine computed alone (a fresh `Engine(model, max_slots=1)`) comes out again to the bit. One that was
+computed in a batch with others has products of other shapes, whose sums may round otherwise in the last bit: its tokens
+are compared all the same (a draw within a rounding error of the next token may then differ), its log-probabilities are
+not. `alone` says which it was.
+
 A receipt holds the prompt: it is as confidential as the conversation.
 """
 
@@ -34,6 +40,7 @@ class Receipt:
     sampling          all fields of `SamplingParams`
     finish            "stop", "length", or "cancelled": the caller took no more tokens (a stop text, a lost connection)
     logprobs          digest of the log-probabilities, one an id
+    alone             computed alone, so that it must come out to the bit
     signer            fingerprint of the key
     """
 
@@ -44,6 +51,7 @@ class Receipt:
     ids: list[int]
     finish: str
     logprobs: str
+    alone: bool
     signer: str
 
 
@@ -73,11 +81,12 @@ def make_receipt(
     ids: Sequence[int],
     logprobs: Sequence[float],
     finish: str,
+    alone: bool,
 ) -> dict[str, Any]:
     """The signed envelope, JSON values only. model: `model_root`; engine: `engine_identity`; sampling:
     `dataclasses.asdict` of the request's `SamplingParams`; the rest is the prompt and the answer (`Completion`)."""
     settings = json.loads(json.dumps(dict(sampling)))  # token ids of logit_bias become text, tuples lists
-    answer = {"ids": list(ids), "finish": finish, "logprobs": logprob_digest(logprobs)}
+    answer = {"ids": list(ids), "finish": finish, "logprobs": logprob_digest(logprobs), "alone": alone}
     subjects = {"answer": _digest(answer), "model": model, "prompt": _digest(list(prompt))}
     body = {"engine": dict(engine), "prompt": list(prompt), "sampling": settings, "answer": answer}
     return signer.sign(RECEIPT_KIND, subjects, body)
@@ -99,6 +108,7 @@ def open_receipt(envelope: Any, where: str) -> Receipt:
             ids=answer["ids"],
             finish=answer["finish"],
             logprobs=answer["logprobs"],
+            alone=answer["alone"],
             signer=statement.signer,
         )
     except (LookupError, TypeError) as error:
