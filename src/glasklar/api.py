@@ -102,7 +102,7 @@ def generate(
             raise RequestError(f"--prompt-ids {prompt_ids!r}: whole numbers separated by commas, please") from None
     else:
         ids = render(speaking(model), [Message(role="user", content=cast(str, prompt))], None)
-    stop = () if model.tokenizer is None else (model.tokenizer.eos_id,)
+    stop = () if model.tokenizer is None else model.tokenizer.stop_ids
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_ids=stop)
     [completion] = Engine(model.network).generate([ids], params)
     reply = None if model.tokenizer is None else parse(model.tokenizer, completion.ids, None)

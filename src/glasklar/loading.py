@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from glasklar.data.foreign import open_tokenizer
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.errors import CheckpointError
 from glasklar.model.attention import document_mask
@@ -86,5 +87,5 @@ def load(folder: Path | str, runtime: Runtime, dtype: str | None = None) -> Mode
         raise CheckpointError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
     wanted = DTYPES[dtype] if dtype else runtime.dtype
     network = load_model(folder, dtype=wanted, ops=select(runtime), device=runtime.device)
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    tokenizer = open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     return Model(network=network.requires_grad_(False), tokenizer=tokenizer, folder=folder)

@@ -42,7 +42,7 @@ class Conversation:
             max_tokens=self.model.config.max_position_embeddings,
             temperature=self.temperature,
             seed=self.turns,
-            stop_ids=(self.tokenizer.eos_id,),
+            stop_ids=self.tokenizer.stop_ids,
         )
         splitter, content = Splitter(self.tokenizer, self.thinking), ""
         request = self.engine.add(prompt, params)

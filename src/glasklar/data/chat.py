@@ -1,4 +1,4 @@
-"""Messages to ids and ids to replies, in the form of DeepSeek-V3.1.
+"""Messages to ids and ids to replies, in the form of DeepSeek-V3.1; other models' own forms come in by their templates.
 
     <BOS>system<User>question<Assistant><think>thought</think>answer<EOS>      a reply that thinks
     <BOS>system<User>question<Assistant></think>answer<EOS>                    one that answers at once
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from glasklar.data.foreign import ForeignTokenizer
 from glasklar.data.tokenizer import Decoder, Tokenizer
 from glasklar.errors import RequestError
 
@@ -46,10 +47,13 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], thinking: bool | N
         raise RequestError("messages = []: at least one message is needed")
     if messages[-1].role != "user":
         raise RequestError(f"the last message is of role {messages[-1].role!r}; it must be the user's")
-    ids = [tokenizer.bos_id]
     for message in messages:
         if message.role not in get_args(Role):
             raise RequestError(f"role = {message.role!r}: use one of {', '.join(get_args(Role))}")
+    if isinstance(tokenizer, ForeignTokenizer):
+        return tokenizer.prompt([{"role": m.role, "content": m.content} for m in messages], thinking)
+    ids = [tokenizer.bos_id]
+    for message in messages:
         if message.role == "system":
             ids += tokenizer.encode(message.content)
     for message in messages:
@@ -76,9 +80,14 @@ def demonstration(
 def parse(tokenizer: Tokenizer, ids: Sequence[int], thinking: bool | None = None) -> Reply:
     """Takes a generated reply apart; `thinking` as it was rendered."""
     ids = list(ids)
-    ended = bool(ids) and ids[-1] == tokenizer.eos_id
+    ended = bool(ids) and ids[-1] in tokenizer.stop_ids
     body = ids[:-1] if ended else ids
-    if thinking is None:
+    if isinstance(tokenizer, ForeignTokenizer):
+        # Other models need not say that they do not think.
+        opened, chosen = tokenizer.opens_thinking(thinking), True
+        if not opened and body and body[0] == tokenizer.think_id:
+            opened, body = True, body[1:]
+    elif thinking is None:
         first = body[0] if body else None
         opened = first == tokenizer.think_id
         chosen = opened or first == tokenizer.end_think_id
@@ -98,21 +107,25 @@ class Splitter:
 
     def __init__(self, tokenizer: Tokenizer, thinking: bool | None = None) -> None:
         self._tokenizer, self._decoder = tokenizer, Decoder(tokenizer)
-        self.channel: Channel = "reasoning" if thinking else "content"
-        self._may_open = thinking is None
+        foreign = isinstance(tokenizer, ForeignTokenizer)
+        opened = tokenizer.opens_thinking(thinking) if isinstance(tokenizer, ForeignTokenizer) else bool(thinking)
+        self.channel: Channel = "reasoning" if opened else "content"
+        self._may_open = not opened and (foreign or thinking is None)
+        self._may_decline = not foreign and thinking is None
 
     def push(self, token: int) -> list[tuple[Channel, str]]:
         """The pieces that `token` completes, empty ones left out."""
         tokenizer = self._tokenizer
         opening, self._may_open = self._may_open, False
+        declining, self._may_decline = self._may_decline, False
         if opening and token == tokenizer.think_id:
             self.channel = "reasoning"
             return []
-        if token == tokenizer.end_think_id and (opening or self.channel == "reasoning"):
+        if token == tokenizer.end_think_id and (declining or self.channel == "reasoning"):
             rest = self.flush()
             self.channel = "content"
             return rest
-        if token == tokenizer.eos_id:
+        if token in tokenizer.stop_ids:
             return self.flush()
         text = self._decoder.push(token)
         return [(self.channel, text)] if text else []

@@ -86,6 +86,11 @@ class Tokenizer:
         return self._inner.get_vocab_size()
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return (self.eos_id,)
+
+    @property
     def hash(self) -> str:
         """SHA-256 of tokenizer.json."""
         return sha256_hex(self.files()["tokenizer.json"])
@@ -151,19 +156,27 @@ class Decoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._before: list[int] = []
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that `token` completes, "" while a character is unfinished."""
         self._pending.append(token)
-        text = self._tokenizer.decode(self._pending)
+        text = self._new()
         if text.endswith("�") and len(self._pending) < 4:
             return ""
-        self._pending.clear()
-        return text
+        return self._given(text)
 
     def flush(self) -> str:
         """What is still held back, as it is."""
-        text = self._tokenizer.decode(self._pending)
-        self._pending.clear()
+        return self._given(self._new())
+
+    def _new(self) -> str:
+        """Text of the pending tokens, told from what stands before them: some tokenizers drop the first blank."""
+        before = self._tokenizer.decode(self._before)
+        return self._tokenizer.decode([*self._before, *self._pending])[len(before) :]
+
+    def _given(self, text: str) -> str:
+        if self._pending:
+            self._before, self._pending = self._pending, []
         return text

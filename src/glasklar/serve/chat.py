@@ -23,7 +23,7 @@ async def choices(service: ModelService, body: ChatRequest, ids: list[int]) -> A
 
     async def one(index: int) -> None:
         answer = Answer(service.tokenizer, body.thinks, body.stops, _alternatives(body))
-        events = service.stream(ids, body.sampling(index, seed, service.tokenizer.eos_id))
+        events = service.stream(ids, body.sampling(index, seed, service.tokenizer.stop_ids))
         try:
             async for event in events:
                 arrivals.put_nowait((index, answer, answer.push(event)))

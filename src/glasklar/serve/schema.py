@@ -102,7 +102,7 @@ class ChatRequest(Strict):
     def thinks(self) -> bool | None:
         return None if self.thinking is None else self.thinking.type == "enabled"
 
-    def sampling(self, choice: int, seed: int, eos_id: int) -> SamplingParams:
+    def sampling(self, choice: int, seed: int, stop_ids: tuple[int, ...]) -> SamplingParams:
         """Settings of choice number `choice`; `seed` where the caller gave none. Choices differ by their seed."""
         return SamplingParams(
             max_tokens=self.max_completion_tokens or self.max_tokens or DEFAULT_TOKENS,
@@ -114,7 +114,7 @@ class ChatRequest(Strict):
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
             seed=(self.seed if self.seed is not None else seed) + choice,
-            stop_ids=(eos_id,),
+            stop_ids=stop_ids,
             logprobs=self.top_logprobs or 0,
             logit_bias=self.logit_bias or {},
         )
