@@ -1,9 +1,10 @@
-"""Training speed on this CPU beside its peers: `python bench/training.py [--shape S|M] [--json]`.
+"""Training speed on this CPU beside its peers: `python bench/training.py [--figure steps|grpo|all] [--json]`.
 
 One run, one machine, same shape, batch and optimiser (AdamW): our mixture of experts and our dense network, and
 `transformers`' DeepseekV3 and Llama in bf16 autocast, each at the best of its variants (eager or compiled, attention by
 SDPA or by plain products). First every variant is tried for a few steps, then the best of each side take turns, step by
 step, so that a busy machine slows all alike; figures are medians, ratios are medians of ratios within a round.
+`--figure grpo` is in grpo.py.
 """
 
 from __future__ import annotations
@@ -193,6 +194,7 @@ def measure(name: str, rounds: int, tries: int, sides: list[Contender]) -> dict[
             "variant": chosen[key][0],
             "ms": round(statistics.median(t) * 1e3, 1),
             "tokens_per_second": round(tokens / statistics.median(t)),
+            "tokens_per_step": tokens,
         }
         for key, t in times.items()
     }
@@ -201,13 +203,14 @@ def measure(name: str, rounds: int, tries: int, sides: list[Contender]) -> dict[
         if a in times and b in times:
             ratio = statistics.median(y / x for x, y in zip(times[a], times[b], strict=True))
             ratios.append({"speed": a, "over": b, "ratio": round(ratio, 3), "required": floor, "goal": goal})
-    return {"shape": name, "threads": THREADS, "tokens_per_step": tokens, "rows": rows, "ratios": ratios}
+    return {"shape": f"shape {name}", "threads": THREADS, "rows": rows, "ratios": ratios}
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"shape {result['shape']}, {result['tokens_per_step']} tokens a step, {result['threads']} threads"]
+    lines = [f"{result['shape']}, {result['threads']} threads"]
     for key, row in result["rows"].items():
-        lines.append(f"  {key:14} {row['variant']:18} {row['ms']:8.1f} ms {row['tokens_per_second']:8d} tok/s")
+        speed = f"{row['tokens_per_step']:6d} tokens in {row['ms']:8.1f} ms {row['tokens_per_second']:8d} tok/s"
+        lines.append(f"  {key:14} {row['variant']:18} {speed}")
     for r in result["ratios"]:
         verdict = "goal" if r["ratio"] >= r["goal"] else "required" if r["ratio"] >= r["required"] else "MISSED"
         pair = f"{r['speed']} / {r['over']}"
@@ -217,21 +220,30 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", choices=("steps", "grpo", "all"), default="all")
     parser.add_argument("--shape", choices=sorted(ROWS), default="S")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tries", type=int, default=3, help="timed steps of each variant before the best is chosen")
     parser.add_argument("--only", help="sides to measure, by a part of their name, separated by commas")
-    parser.add_argument("--ops", default="torch_cpu", help="our tables of operations to try, separated by commas")
+    parser.add_argument("--ops", help="our tables of operations to try, separated by commas; default: the best one")
     parser.add_argument("--no-compile", action="store_true", help="leave the peers' compiled variants out (faster)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
-    sides = contenders(args.shape, not args.no_compile, args.ops.split(","))
-    if args.only:
-        sides = [side for side in sides if any(part in side.name for part in args.only.split(","))]
+    here = runtime.start(THREADS, device="cpu")
+    ops = args.ops.split(",") if args.ops else [select(here).name]
+    results = []
     with contextlib.redirect_stdout(sys.stderr):
-        result = measure(args.shape, args.rounds, args.tries, sides)
-    print(json.dumps(result, indent=1) if args.json else table(result))
+        if args.figure in ("steps", "all"):
+            sides = contenders(args.shape, not args.no_compile, ops)
+            if args.only:
+                sides = [side for side in sides if any(part in side.name for part in args.only.split(","))]
+            results.append(measure(args.shape, args.rounds, args.tries, sides))
+        if args.figure in ("grpo", "all"):
+            import grpo
+
+            results.append(grpo.measure(here))
+    print(json.dumps(results, indent=1) if args.json else "\n\n".join(table(result) for result in results))
 
 
 if __name__ == "__main__":
