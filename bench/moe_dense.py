@@ -25,8 +25,8 @@ from race import equal_active, ours, race  # noqa: E402  the environment comes f
 
 LAB = Path(__file__).parents[1] / "docs" / "lab"
 WATCHED = 120_000
-SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 32,
-         "intermediate_size": 320, "moe_intermediate_size": 80}  # fmt: skip
+LARGE = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "q_lora_rank": 96, "kv_lora_rank": 64,
+         "intermediate_size": 512, "moe_intermediate_size": 128}  # fmt: skip
 
 
 def measure(minutes: float) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def measure(minutes: float) -> dict[str, Any]:
     result: dict[str, Any] = {"minutes": minutes, "sizes": {}}
     with tempfile.TemporaryDirectory() as folder:
         corpus = prepare_corpus(recipe, Path(folder))
-        for size, config in {"small": recipe.model.replace(**SMALL), "large": recipe.model}.items():
+        for size, config in {"small": recipe.model, "large": recipe.model.replace(**LARGE)}.items():
             found = []
             for name, shape in {"mixture of experts": config, "dense": equal_active(config)}.items():
                 found.append(race(ours(name, shape, stage, corpus, runtime), stage, corpus, minutes * 60, WATCHED))

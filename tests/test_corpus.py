@@ -1,0 +1,138 @@
+"""A user's own text takes one changed line; text that cannot be read is refused with the value and the remedy."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from glasklar.corpus import Corpus, packed_order, prepare, split_documents
+from glasklar.errors import GlasklarError
+from glasklar.provenance.hashing import merkle_root
+from glasklar.recipe import Recipe, load_recipe, recipe_path
+
+STDLIB_LINE = 'sources = [{ kind = "stdlib" }]'
+SYLLABLES = ("ka", "lo", "mi", "ter", "sun", "über", "ße", "λο", "and", "tion", "pre", "ve", "na", "ï", "qu", "ru")
+
+
+def notes(folder: Path, files: int = 60) -> Path:
+    """A folder of small texts of made-up words (enough of them for 2,048 pieces), a third of them below a subfolder."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices(SYLLABLES, k=draw.randint(2, 4))) for _ in range(1500)]
+    for i in range(files):
+        path = folder / ("deep/er" if i % 3 == 0 else ".") / f"note{i:02d}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# Note {i}\n" + " ".join(draw.choices(words, k=200)), encoding="utf-8")
+    return folder
+
+
+def changed(tmp_path: Path, line: str) -> Recipe:
+    """The built-in recipe with its one line of sources replaced, as a user would do it."""
+    text = recipe_path("stdlib").read_text(encoding="utf-8")
+    assert text.count(STDLIB_LINE) == 1
+    mine = tmp_path / "mine.toml"
+    mine.write_text(text.replace(STDLIB_LINE, line), encoding="utf-8")
+    return load_recipe(str(mine))
+
+
+def text_source(folder: Path, globs: str = '"*.md"') -> str:
+    return f"sources = [{{ kind = 'text', path = '{folder}', globs = [{globs}], licence = 'mine' }}]"
+
+
+def jsonl_source(path: Path) -> str:
+    return f"sources = [{{ kind = 'jsonl', path = '{path}' }}]"
+
+
+def corpus_of(tmp_path: Path, line: str) -> Corpus:
+    return prepare(changed(tmp_path, line), tmp_path / "corpus")
+
+
+def test_a_folder_takes_one_changed_line(tmp_path: Path) -> None:
+    folder = notes(tmp_path / "notes")
+    corpus = corpus_of(tmp_path, text_source(folder))
+    written = {path.read_text(encoding="utf-8") for path in folder.rglob("*.md")}
+    recipe = load_recipe(str(tmp_path / "mine.toml"))
+    train, kept_out = split_documents(recipe)
+    assert {document.text for document in train + kept_out} == written
+    assert not {document.text for document in train} & {document.text for document in kept_out}
+    assert corpus.facts["root"] == merkle_root(document.hash for document in train)
+    assert corpus.facts["licences"] == ["mine"]
+
+
+def test_packed_tokens_are_the_documents(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, text_source(notes(tmp_path / "notes")))
+    train = packed_order(split_documents(load_recipe(str(tmp_path / "mine.toml")))[0])
+    starts = [*corpus.train.starts, len(corpus.train.ids)]
+    for number, document in enumerate(train):
+        ids = corpus.train.ids[starts[number] : starts[number + 1]].tolist()
+        assert (ids[0], ids[-1]) == (corpus.tokenizer.bos_id, corpus.tokenizer.eos_id)
+        assert corpus.tokenizer.decode(ids[1:-1]) == document.text
+
+
+def test_json_lines_give_the_same_documents_as_files(tmp_path: Path) -> None:
+    folder = notes(tmp_path / "notes")
+    texts = sorted(path.read_text(encoding="utf-8") for path in folder.rglob("*.md"))
+    lines = tmp_path / "notes.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    train, kept_out = split_documents(changed(tmp_path, jsonl_source(lines)))
+    assert sorted(document.text for document in train + kept_out) == texts
+
+
+def missing(tmp_path: Path) -> tuple[str, list[str]]:
+    return text_source(tmp_path / "nowhere"), ["nowhere", "does not exist", "absolute path"]
+
+
+def empty(tmp_path: Path) -> tuple[str, list[str]]:
+    (tmp_path / "hollow").mkdir()
+    return text_source(tmp_path / "hollow"), ["hollow", "holds no text", "check path and globs"]
+
+
+def blank(tmp_path: Path) -> tuple[str, list[str]]:
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.md").write_text(" \n")
+    return text_source(tmp_path / "blank"), ["blank", "holds no text"]
+
+
+def too_little(tmp_path: Path) -> tuple[str, list[str]]:
+    (tmp_path / "little").mkdir()
+    (tmp_path / "little" / "a.md").write_text("one line of text\n")
+    return text_source(tmp_path / "little"), ["2048", "lower vocab_size or add documents"]
+
+
+def unmatched(tmp_path: Path) -> tuple[str, list[str]]:
+    return text_source(notes(tmp_path / "notes"), '"*.rst"'), ["*.rst", "holds no text", "globs"]
+
+
+def latin(tmp_path: Path) -> tuple[str, list[str]]:
+    (notes(tmp_path / "notes") / "old.md").write_bytes("Straße".encode("latin-1"))
+    return text_source(tmp_path / "notes"), ["old.md", "not UTF-8 at byte 4", "convert the file"]
+
+
+def broken_line(tmp_path: Path) -> tuple[str, list[str]]:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    return jsonl_source(tmp_path / "a.jsonl"), ["a.jsonl", "line 2", "'text'"]
+
+
+def other_field(tmp_path: Path) -> tuple[str, list[str]]:
+    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
+    return jsonl_source(tmp_path / "a.jsonl"), ["a.jsonl", "line 1", "'text'"]
+
+
+def number_for_text(tmp_path: Path) -> tuple[str, list[str]]:
+    (tmp_path / "a.jsonl").write_text('{"text": 7}\n')
+    return jsonl_source(tmp_path / "a.jsonl"), ["line 1", "int, not text"]
+
+
+BAD = [missing, empty, blank, too_little, unmatched, latin, broken_line, other_field, number_for_text]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.__name__)
+def test_bad_sources_name_value_and_remedy(bad, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    line, wanted = bad(tmp_path)
+    with pytest.raises(GlasklarError) as caught:
+        corpus_of(tmp_path, line)
+    for part in wanted:
+        assert part in str(caught.value)
+    assert not (tmp_path / "corpus" / "facts.json").exists()
