@@ -23,7 +23,7 @@ from glasklar.runtime import prepare, start
 THREADS = prepare()
 
 from glasklar.corpus import prepare as prepare_corpus  # noqa: E402
-from glasklar.corpus import split_documents
+from glasklar.corpus import split_documents  # noqa: E402
 from glasklar.recipe import PretrainStage, load_recipe  # noqa: E402
 from race import equal_active, llama, ours, race  # noqa: E402  the environment comes first
 
