@@ -103,7 +103,7 @@ def test_a_read_only_run_folder(tmp_path: Path) -> None:
         (("chat", "nobody"), ("nobody",)),
         (("plan", "deepseek-v4"), ("deepseek-v4", "deepseek-v3")),
         (("plan", "spark", "--hardware", "abacus"), ("abacus", "cpu-2-cores")),
-        (("serve", "nobody", "--port", "99999"), ("99999",)),
+        (("serve", "nobody", "--port", "99999"), ("--port", "65535")),
         (("generate", "nobody", "--prompt", "x", "--nonsense"), ("--nonsense",)),
         (("dance",), ("dance",)),
     ],
