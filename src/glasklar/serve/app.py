@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-from glasklar import __version__
 from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.loading import Model
 from glasklar.serve.chat import collect, stream
@@ -58,7 +58,7 @@ class Backend:
 
 def create_app(backend: Backend, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
     """The application. `hosts`: names under which it may be called."""
-    app = FastAPI(title="glasklar", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="glasklar", version=version("glasklar"), docs_url=None, redoc_url=None)
     app.add_middleware(Guard, hosts=hosts)
     _errors(app)
     _pages(app, backend)
