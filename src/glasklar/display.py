@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Column, Table
 
 from glasklar.model.plan import Plan
 
 NAMES = {"pretrain": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement", "distil": "Distillation"}
+
+
+@contextmanager
+def bytes_progress(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes and seconds; call what it gives with bytes done and bytes in all."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class TerminalReporter:
@@ -19,8 +38,8 @@ class TerminalReporter:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.progress = Progress(
-            TextColumn("[bold]{task.description:<13}"),
-            BarColumn(bar_width=24),
+            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True, min_width=13)),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[news]}"),
             console=console,
@@ -42,15 +61,14 @@ class TerminalReporter:
 
     def step(self, line: dict[str, Any]) -> None:
         assert self.task is not None
-        parts = [f"{minutes(line['seconds_left'])} left", f"{line['tokens_per_second'] / 1000:.1f}k tok/s"]
+        # All of it fits into 80 columns.
         if line["stage"] == "rl":
-            parts.insert(
-                0, f"right {line['correct']:.0%} · thinks {line['thinking_share']:.0%} · {line['length']:.0f} tokens"
-            )
-            if self.accuracy is not None:
-                parts.insert(0, f"[green]unseen {self.accuracy:.0%}[/]")
+            parts = [f"thinks {line['thinking_share']:.0%}", f"{line['length']:.0f} tok"]
+            right = f"right {line['correct']:.0%}"
+            parts.insert(0, right if self.accuracy is None else f"[green]unseen {self.accuracy:.0%}[/]")
         else:
-            parts.insert(0, f"loss {line['loss']:.3f}")
+            parts = [f"loss {line['loss']:.3f}", f"{line['tokens_per_second'] / 1000:.1f}k tok/s"]
+        parts.append(f"{minutes(line['seconds_left'])} left")
         self.progress.update(self.task, completed=line["step"], news=" · ".join(parts))
         for warning in line.get("warnings", ()):
             if warning.split(":")[-1] not in self.warned:  # the figures change every step, the advice does not
