@@ -156,6 +156,32 @@ def render(results: list[dict[str, Any]]) -> Table:
     return out
 
 
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy on unseen problems, length and share of thoughts while RL runs; one line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.1), layout="constrained")
+    for k, result in enumerate(results):
+        colour, label = f"C{k}", f"seed {result['seed']}"
+        watched = [(0, result["before"]["mean"]["greedy"]), *result["watched"]]
+        axes[0].plot(*zip(*watched, strict=True), color=colour, marker="o", markersize=3, label=label)
+        steps = [line["step"] for line in result["curve"]]
+        axes[1].plot(steps, [line["thinking_share"] for line in result["curve"]], color=colour)
+        axes[2].plot(steps, [line["length"] for line in result["curve"]], color=colour)
+    titles = ("right on unseen problems", "answers that think first", "tokens an answer")
+    for one, title in zip(axes, titles, strict=True):
+        one.set(title=title, xlabel="steps of reinforcement", ylim=(0, None if one is axes[2] else 1.03))
+        one.grid(alpha=0.25)
+    for one in axes[:2]:
+        one.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes[0].legend(frameon=False, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="spark")
@@ -172,6 +198,7 @@ def main() -> None:
         if arguments.json:
             print(json.dumps(results[-1]), flush=True)
         arguments.out.write_text(json.dumps(results, indent=1))
+    plot(results, arguments.out.with_suffix(".png"))
     if not arguments.json:
         Console(width=140).print(render(results))
 
