@@ -8,6 +8,7 @@
     glasklar.Engine(model.network).generate([[1, 2, 3]], glasklar.SamplingParams(max_tokens=8))
     glasklar.evaluate(model)                                     # accuracy on its own tasks, unseen problems
     glasklar.plan("deepseek-v3", hardware="h800", tokens=14.8e12).hours
+    glasklar.verify(run).verdict                                 # "holds" or "fails"; str() of it says what and why
 
 Importing has no side effects; torch is loaded when a name is first used.
 """
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from glasklar.engine.engine import Engine
     from glasklar.engine.request import SamplingParams
     from glasklar.loading import Model
-    from glasklar.python import evaluate, load, plan, train
+    from glasklar.python import evaluate, load, plan, train, verify
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Model", "SamplingParams", "__version__", "evaluate", "load", "plan", "train"]
+__all__ = ["Engine", "Model", "SamplingParams", "__version__", "evaluate", "load", "plan", "train", "verify"]
 
 _HOMES = {
     "Engine": "glasklar.engine.engine",
@@ -33,6 +34,7 @@ _HOMES = {
     "train": "glasklar.python",
     "evaluate": "glasklar.python",
     "plan": "glasklar.python",
+    "verify": "glasklar.python",
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from glasklar.audit.documents import write_documents
 from glasklar.audit.report import write_report
 from glasklar.audit.seal import seal
 from glasklar.data.chat import Message, parse, render
@@ -21,6 +23,7 @@ from glasklar.model.checkpoint import read_config
 from glasklar.model.plan import Plan, StageBudget, plan_model, plan_stages
 from glasklar.model.shapes import load_hardware, load_shape, shape_names
 from glasklar.pipeline import EVALUATION_SEED, Pipeline, Reporter
+from glasklar.provenance.receipt import engine_identity, make_receipt, model_root
 from glasklar.provenance.rundir import RunDir
 from glasklar.provenance.signing import Signer
 from glasklar.recipe import AnyStage, Recipe, RLStage, builtin_recipes, load_recipe, recipe_path
@@ -51,6 +54,7 @@ def train(
     with RunDir.create_or_open(folder, loaded.canonical(), text) as opened:
         Pipeline(loaded, opened, runtime, reporter or QuietReporter()).execute()
         write_report(opened)
+        write_documents(opened)
         seal(opened, Signer.open(home))
     return folder
 
@@ -89,10 +93,21 @@ def evaluate(model: Model, *, split: str = "test", problems: int = 128, samples:
 
 
 def generate(
-    model: Model, prompt: str | None, prompt_ids: str | None, *, max_tokens: int, temperature: float, seed: int
+    model: Model,
+    prompt: str | None,
+    prompt_ids: str | None,
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    signer: Signer | None = None,
+    runtime: Runtime | None = None,
 ) -> dict[str, Any]:
     """One answer: {"ids", "text", "reasoning", "logprobs", "finish"}. Exactly one of `prompt` (a user's message) and
-    `prompt_ids` ("3,17,9") must be given; text and reasoning are None for a model without a tokenizer."""
+    `prompt_ids` ("3,17,9") must be given; text and reasoning are None for a model without a tokenizer.
+
+    signer, runtime   both given: a signed "receipt" comes with the answer
+    """
     if (prompt is None) == (prompt_ids is None):
         raise RequestError("give either --prompt TEXT or --prompt-ids 3,17,9")
     if prompt_ids is not None:
@@ -104,15 +119,28 @@ def generate(
         ids = render(speaking(model), [Message(role="user", content=cast(str, prompt))], None)
     stop = () if model.tokenizer is None else model.tokenizer.stop_ids
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_ids=stop)
-    [completion] = Engine(model.network).generate([ids], params)
+    [completion] = Engine(model.network, max_slots=1).generate([ids], params)
     reply = None if model.tokenizer is None else parse(model.tokenizer, completion.ids, None)
-    return {
+    answer = {
         "ids": completion.ids,
         "text": None if reply is None else reply.content,
         "reasoning": None if reply is None else reply.reasoning,
         "logprobs": completion.logprobs,
         "finish": completion.finish,
     }
+    if signer is not None and runtime is not None:
+        answer["receipt"] = make_receipt(
+            signer,
+            model=model_root(model.folder),
+            engine=engine_identity({**runtime.describe(), "ops": model.network.ops.name}),
+            prompt=ids,
+            sampling=asdict(params),
+            ids=completion.ids,
+            logprobs=completion.logprobs,
+            finish=completion.finish,
+            alone=True,
+        )
+    return answer
 
 
 def speaking(model: Model) -> Tokenizer:

@@ -27,7 +27,9 @@ out, err = Console(), Console(stderr=True)
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores, or $GLASKLAR_THREADS")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A run, a Hugging Face folder, or the name of a run")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run, a Hugging Face folder, a pulled hub id, or the name of a run")
+]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port on the loopback address; 0 takes a free one")]
 
 
@@ -113,15 +115,28 @@ def generate(
     max_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
+    receipt: Annotated[Path | None, typer.Option(help="Write a signed receipt here, for `glasklar verify`")] = None,
     as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
     """Answer one prompt, for scripts."""
+    runtime = _runtime(threads)
     from glasklar.api import generate as answer
+    from glasklar.provenance.rundir import write_json
+    from glasklar.provenance.signing import Signer
 
     result = answer(
-        _load(model, _runtime(threads)), prompt, prompt_ids, max_tokens=max_tokens, temperature=temperature, seed=seed
+        _load(model, runtime),
+        prompt,
+        prompt_ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        signer=Signer.open(_home()) if receipt else None,
+        runtime=runtime,
     )
+    if receipt is not None:
+        write_json(receipt, result["receipt"])
     _print(result, as_json, result["text"] if result["text"] is not None else str(result["ids"]))
 
 
@@ -271,6 +286,45 @@ def _findings(found: Any, as_json: bool) -> None:
     else:
         out.print(str(found), markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(found.exit_code)
+
+
+@app.command()
+def convert(
+    model: ModelName,
+    out_path: Annotated[Path, typer.Option("--out", help="What to write: a folder (hf) or a file (gguf)")],
+    to: Annotated[str, typer.Option(help="hf: a Hugging Face folder; gguf: a file for llama.cpp")] = "gguf",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, or q8_0 (gguf alone)")] = "bf16",
+    as_json: AsJson = False,
+    threads: Threads = None,
+) -> None:
+    """Give a model out, exactly, in a format that other engines read."""
+    from glasklar.convert.export import convert as write
+    from glasklar.display import bytes_progress
+    from glasklar.loading import find_model, name_of
+
+    _runtime(threads)
+    folder = find_model(model, _home())
+    with bytes_progress(err, f"writing {out_path}") as progress:
+        made = write(folder, out_path, to=to, dtype=dtype, name=name_of(folder), progress=progress)
+    for note in made.notes:
+        err.print(f"[bold]note[/] {note}", highlight=False, soft_wrap=True)
+    result = {"path": str(made.path), "format": made.format, "dtype": made.dtype, "bytes": made.bytes}
+    _print(result | {"notes": made.notes}, as_json, f"{made.path}: {made.bytes / 1e6:.1f} MB, {made.dtype}")
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="ID", help="ORG/NAME on the Hugging Face hub")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: main as it is now")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a model from the hub, or the rest of it; the commit is recorded. The one verb that uses the network."""
+    from glasklar.hub import RECORD
+    from glasklar.hub import pull as fetch
+
+    folder = fetch(name, _home(), revision=revision)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    _print({"path": str(folder), **record}, as_json, f"{name} at {record['revision']}: {folder}")
 
 
 def _print(result: dict[str, Any], as_json: bool, human: Any) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from glasklar import api
+from glasklar.audit.findings import Findings
+from glasklar.audit.verify import locate
+from glasklar.audit.verify import verify as check
 from glasklar.loading import Model, find_model
 from glasklar.loading import load as load_folder
 from glasklar.model.plan import Plan
@@ -38,3 +41,9 @@ def evaluate(model: Model, *, split: str = "test", problems: int = 128, samples:
 def plan(target: str, *, hardware: str = "cpu-2-cores", tokens: float | None = None) -> Plan:
     """What a recipe, a published shape or a model asks of a machine; see `api.plan`."""
     return api.plan(target, hardware=hardware, home=home(os.environ), tokens=tokens)
+
+
+def verify(target: str | Path, *, key: str | None = None, head: str | None = None) -> Findings:
+    """Every hash and signature of a run, a released model or a receipt, computed again; see `audit.verify`."""
+    folder = home(os.environ)
+    return check(locate(str(target), folder), home=folder, key=key, head=head)

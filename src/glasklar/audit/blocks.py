@@ -84,10 +84,10 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).replace("<", "&lt;")
 
 
-def to_html(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
+def to_html(title: str, subtitle: str, blocks: Sequence[Block], language: str = "en") -> str:
     body = "\n".join(_html(block) for block in blocks)
     return f"""<!doctype html>
-<html lang="en">
+<html lang="{language}">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">

@@ -1,0 +1,86 @@
+"""The dossier of a released model, made from the manifest of its run, so that it cannot contradict the record.
+
+model/README.md                    model card, as Hugging Face shows it
+dossier/manifest.json              all figures of the documents
+dossier/{model-card,data-card,public-summary,annex-xi}.{en,de}.md
+dossier/dossier.{en,de}.html       all of these on one page, with the plots
+dossier/mof.yaml, dossier/bom.cdx.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from glasklar.audit.blocks import Block, Heading, Items, Plot, to_html, to_markdown
+from glasklar.audit.documents_cards import data_card, data_card_head, model_card, model_card_head
+from glasklar.audit.documents_formats import bom, mof, mof_class, mof_components
+from glasklar.audit.documents_legal import annex_xi, public_summary
+from glasklar.audit.documents_manifest import LANGUAGES, Say, manifest
+from glasklar.audit.facts import RunFacts
+from glasklar.audit.plots import plots
+from glasklar.provenance.files import write_atomic, writing
+from glasklar.provenance.rundir import RunDir, write_json
+
+Maker = Callable[[dict[str, Any], Say], list[Block]]
+MAKERS: dict[str, tuple[str, str, Maker]] = {
+    "model-card": ("Model card", "Modellkarte", model_card),
+    "data-card": ("Data card", "Datenkarte", data_card),
+    "public-summary": (
+        "Public summary of the training content",
+        "Öffentliche Zusammenfassung der Trainingsinhalte",
+        public_summary,
+    ),
+    "annex-xi": ("Technical documentation, Annex XI", "Technische Dokumentation, Anhang XI", annex_xi),
+}
+
+
+def write_documents(run: RunDir) -> None:
+    """Writes all documents of a released run; one that is not released has none yet."""
+    facts = RunFacts.read(run)
+    if not facts.of("released"):
+        return
+    m = manifest(facts)
+    with writing(run.dossier):
+        run.dossier.mkdir(exist_ok=True)
+    write_json(run.dossier / "manifest.json", m)
+    write_atomic(run.model / "README.md", (model_card_head(m) + markdown("model-card", m, "en")).encode())
+    for language in LANGUAGES:
+        for name in MAKERS:
+            head = data_card_head(m) if name == "data-card" else ""
+            text = head + markdown(name, m, language)
+            write_atomic(run.dossier / f"{name}.{language}.md", text.encode())
+        write_atomic(run.dossier / f"dossier.{language}.html", page(facts, m, language).encode())
+    write_atomic(run.dossier / "mof.yaml", mof(m).encode())
+    write_atomic(run.dossier / "bom.cdx.json", bom(m).encode())
+
+
+def markdown(name: str, m: dict[str, Any], language: str) -> str:
+    """One document."""
+    say = LANGUAGES[language]
+    english, german, make = MAKERS[name]
+    return to_markdown(
+        f"{say(english, german)}: {m['name']}", m["description"], make(m, say), f"dossier.{language}.html"
+    )
+
+
+def page(facts: RunFacts, m: dict[str, Any], language: str) -> str:
+    """All documents, the class of openness and the plots on one page without outside resources."""
+    say = LANGUAGES[language]
+    blocks: list[Block] = []
+    for english, german, make in MAKERS.values():
+        blocks += [Heading(f"— {say(english, german)} —"), *make(m, say)]
+    reached, missing = mof_class(mof_components(m))
+    blocks += [
+        Heading("— Model Openness Framework —"),
+        Items(
+            [
+                say("Class reached: ", "Erreichte Klasse: ") + (reached or "–"),
+                say("Missing for the next: ", "Für die nächste fehlt: ")
+                + (", ".join(missing) or say("nothing", "nichts")),
+            ]
+        ),
+        Heading(say("— Plots —", "— Verläufe —")),
+        *(Plot(plot.svg, plot.caption) for plot in plots(facts)),
+    ]
+    return to_html(f"{say('Dossier of', 'Dossier von')} {m['name']}", m["description"], blocks, language)

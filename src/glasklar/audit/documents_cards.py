@@ -1,0 +1,189 @@
+"""Model card and data card in Hugging Face's form: YAML head, then Markdown; from the manifest alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from glasklar.audit.blocks import Block, Heading, Items, Paragraph, Table
+from glasklar.audit.documents_manifest import Say
+from glasklar.audit.report import duration, flops, quantity
+
+SIZES = [
+    (1e3, "n<1K"),
+    (1e4, "1K<n<10K"),
+    (1e5, "10K<n<100K"),
+    (1e6, "100K<n<1M"),
+    (1e7, "1M<n<10M"),
+    (1e8, "10M<n<100M"),
+]
+
+
+def yaml_head(values: dict[str, Any]) -> str:
+    """A YAML document between lines of dashes. JSON is YAML: every value stands in one line of it."""
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def model_card_head(m: dict[str, Any]) -> str:
+    metrics = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": f"{task}, problems never trained on", "type": task},
+            "metrics": [{"type": "accuracy", "value": scores["greedy"], "name": "right, greedy"}],
+        }
+        for task, scores in m["evaluation"].get("tasks", {}).items()
+        if "greedy" in scores
+    ]
+    return yaml_head(
+        {
+            "license": m["licence"].lower(),
+            "language": m["languages"],
+            "pipeline_tag": "text-generation",
+            "library_name": "transformers",
+            "tags": ["glasklar", "reproducible"],
+            "model-index": [{"name": m["name"], "results": metrics}],
+        }
+    )
+
+
+def model_card(m: dict[str, Any], say: Say) -> list[Block]:
+    model, training, data = m["model"], m["training"], m["data"]
+    return [
+        Heading(say("What it is", "Was es ist")),
+        Items(
+            [
+                say("A language model of ", "Ein Sprachmodell mit ")
+                + f"{model['parameters']:,} "
+                + say("parameters, of which ", "Parametern, von denen an einem Token ")
+                + f"{model['active_parameters']:,} "
+                + say("work on a token", "arbeiten"),
+                say("Design: ", "Bauart: ")
+                + f"{model['design']}, {model['layers']} "
+                + say("layers", "Schichten")
+                + f", {model['attention']}, {model['experts']} "
+                + say("routed experts a layer", "Experten je Schicht"),
+                say("Context: ", "Kontext: ") + f"{model['context']} Token" + say("s", ""),
+                say("Released: ", "Veröffentlicht: ") + m["released"],
+            ]
+        ),
+        Heading(say("How it was made", "Wie es entstand")),
+        Paragraph(
+            say("Trained from nothing on ", "Von Grund auf trainiert mit ")
+            + f"{data['documents']:,} "
+            + say("documents (", "Dokumenten (")
+            + f"{data['tokens']:,} "
+            + say("tokens). ", "Token). ")
+            + f"{flops(training['flop'])}, {duration(training['seconds'])}, {training['kwh']:.6f} kWh "
+            + f"({', '.join(training['energy_sources'])})."
+        ),
+        _stages(m, say),
+        *_results(m, say),
+        Heading(say("What it is not for", "Wofür es nicht gedacht ist")),
+        Paragraph(
+            say(
+                "It knows what its training data and tasks hold, and nothing else. It has not been examined for safety "
+                "or bias; do not let it decide about people.",
+                "Es kennt, was seine Trainingsdaten und Aufgaben enthalten, und nichts anderes. Auf Sicherheit und "
+                "Verzerrungen wurde es nicht untersucht; es darf nicht über Menschen entscheiden.",
+            )
+        ),
+        Heading(say("Check it", "Nachprüfen")),
+        Items(
+            [
+                say("All hashes and signatures: ", "Alle Prüfsummen und Unterschriften: ") + "glasklar verify RUN",
+                say("The training itself, bit for bit: ", "Das Training selbst, Bit für Bit: ")
+                + "glasklar replay RUN --all",
+                say("Recipe: ", "Rezept: ") + m["recipe"]["hash"],
+                say("Merkle root of the data: ", "Merkle-Wurzel der Daten: ") + data["root"],
+                say("Head of the ledger: ", "Kopf des Protokolls: ") + m["ledger"]["head"],
+            ]
+        ),
+    ]
+
+
+def _stages(m: dict[str, Any], say: Say) -> Table:
+    rows = [
+        [
+            stage["kind"],
+            f"{stage['steps']:,}",
+            quantity(stage["tokens"]),
+            flops(stage["flop"]),
+            duration(stage["seconds"]),
+            f"{stage['kwh']:.6f}",
+        ]
+        for stage in m["training"]["stages"]
+    ]
+    header = [say("stage", "Stufe"), say("steps", "Schritte"), "Token", "FLOP", say("time", "Zeit"), "kWh"]
+    return Table(header, rows, say("Stages of the training", "Stufen des Trainings"))
+
+
+def _results(m: dict[str, Any], say: Say) -> list[Block]:
+    tasks = m["evaluation"].get("tasks", {})
+    if not tasks:
+        return []
+    rows = [[name, f"{scores['n']}", f"{scores['greedy']:.1%}"] for name, scores in tasks.items()]
+    header = [say("task", "Aufgabe"), say("problems", "Probleme"), say("right, greedy", "richtig, greedy")]
+    caption = say("Right answers to problems never trained on", "Richtige Antworten auf nie trainierte Probleme")
+    return [Heading(say("What it can do", "Was es kann")), Table(header, rows, caption)]
+
+
+def data_card_head(m: dict[str, Any]) -> str:
+    licences = m["data"]["licences"]
+    count = m["data"]["documents"]
+    return yaml_head(
+        {
+            "license": licences[0].lower() if len(licences) == 1 else "other",
+            "language": m["languages"],
+            "task_categories": ["text-generation"],
+            "pretty_name": f"{m['name']}: training data",
+            "size_categories": [next((name for limit, name in SIZES if count < limit), "n>100M")],
+        }
+    )
+
+
+def data_card(m: dict[str, Any], say: Say) -> list[Block]:
+    data = m["data"]
+    rows = [
+        [
+            source["name"],
+            source["kind"],
+            source["licence"],
+            source["date"] or "–",
+            say("yes", "ja") if source["synthetic"] else say("no", "nein"),
+        ]
+        for source in data["sources"]
+    ]
+    header = [say("source", "Quelle"), say("kind", "Art"), say("licence", "Lizenz"), say("date", "Datum"),
+              say("synthetic", "synthetisch")]  # fmt: skip
+    return [
+        Heading(say("What it holds", "Was sie enthalten")),
+        Items(
+            [
+                f"{data['documents']:,} " + say("documents", "Dokumente"),
+                f"{data['bytes']:,} Bytes",
+                f"{data['tokens']:,} Token" + say("s", ""),
+                say("Kept from training, for evaluation: ", "Dem Training vorenthalten, zur Auswertung: ")
+                + f"{data['held_out_documents']:,} "
+                + say("documents", "Dokumente"),
+                say("Licences: ", "Lizenzen: ") + ", ".join(data["licences"]),
+            ]
+        ),
+        Table(header, rows, say("Sources", "Quellen")),
+        Heading(say("Under one root", "Unter einer Wurzel")),
+        Paragraph(
+            say(
+                "Every document (text, source, licence, date, origin) is a leaf of a Merkle tree, sorted by content. "
+                "Made again from its sources, the data must give the same root.",
+                "Jedes Dokument (Text, Quelle, Lizenz, Datum, Herkunft) ist ein Blatt eines Merkle-Baums, geordnet "
+                "nach Inhalt. Neu aus ihren Quellen erzeugt, müssen die Daten dieselbe Wurzel ergeben.",
+            )
+        ),
+        Items(
+            [
+                say("Root: ", "Wurzel: ") + data["root"],
+                say("Root of what was held out: ", "Wurzel des Vorenthaltenen: ") + data["held_out_root"],
+                say("Head of the ledger: ", "Kopf des Protokolls: ") + m["ledger"]["head"],
+            ]
+        ),
+    ]
