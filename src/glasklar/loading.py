@@ -12,6 +12,7 @@ from torch import Tensor
 from glasklar.data.foreign import open_tokenizer
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.errors import CheckpointError
+from glasklar.hub import RECORD, folder_of, is_id
 from glasklar.model.attention import document_mask
 from glasklar.model.checkpoint import load_model
 from glasklar.model.config import ModelConfig
@@ -36,8 +37,8 @@ class Model:
 
     @property
     def name(self) -> str:
-        """What the API calls it: the run's or the folder's name."""
-        return self.folder.parent.name if self.folder.name == "model" else self.folder.name
+        """What the API calls it: the run's, the hub's or the folder's name."""
+        return name_of(self.folder)
 
     @property
     def single_turn(self) -> bool:
@@ -59,7 +60,8 @@ class Model:
 def find_model(name: str, home: Path) -> Path:
     """The Hugging Face folder behind a name. Raises CheckpointError saying where it was looked for.
 
-    name    a run folder (its released model), a folder with a config.json, or the name of a run under `home`
+    name    a run folder (its released model), a folder with a config.json, the name of a run under `home` (a built-in
+            recipe's, once it is made), or the hub id of a model that was pulled. Nothing is fetched here.
     """
     for folder in (Path(name), home / "runs" / name):
         for candidate in (folder / "model", folder):
@@ -69,6 +71,8 @@ def find_model(name: str, home: Path) -> Path:
             raise CheckpointError(
                 f"{folder}: no model released yet; go on with: glasklar train {folder / 'recipe.toml'} --run {folder}"
             )
+    if is_id(name):
+        return _pulled(name, home)
     runs = home / "runs"
     known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
     near = difflib.get_close_matches(name, known, n=1)
@@ -78,6 +82,21 @@ def find_model(name: str, home: Path) -> Path:
         else f"runs there: {', '.join(known) or 'none; make one with: glasklar up'}"
     )
     raise CheckpointError(f"no model {name!r}: neither a folder with a config.json nor a run in {runs}; {hint}")
+
+
+def name_of(folder: Path) -> str:
+    """What to call the model of a folder: its run, its hub id, or the folder's own name."""
+    if folder.name == "model":
+        return folder.absolute().parent.name
+    return folder.name.replace("--", "/", 1) if (folder / RECORD).is_file() else folder.absolute().name
+
+
+def _pulled(name: str, home: Path) -> Path:
+    folder = folder_of(name, home)
+    if (folder / RECORD).is_file():
+        return folder
+    state = "only a part of it is" if folder.is_dir() else "neither a folder nor a model that is"
+    raise CheckpointError(f"no model {name!r}: {state} here; fetch it with: glasklar pull {name}")
 
 
 def load(folder: Path | str, runtime: Runtime, dtype: str | None = None) -> Model:

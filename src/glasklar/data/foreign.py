@@ -64,6 +64,11 @@ class ForeignTokenizer(Tokenizer):
         """All tokens that end an answer; some models have several."""
         return self._stop_ids
 
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What the tokenizer itself puts before a text; nothing in many families."""
+        return tuple(self._inner.encode("", add_special_tokens=True).ids)
+
     def files(self) -> dict[str, bytes]:
         """The folder's own files of the tokenizer, as they are."""
         names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

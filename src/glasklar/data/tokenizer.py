@@ -91,6 +91,11 @@ class Tokenizer:
         return (self.eos_id,)
 
     @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What stands before a text that is no conversation."""
+        return (self.bos_id,)
+
+    @property
     def hash(self) -> str:
         """SHA-256 of tokenizer.json."""
         return sha256_hex(self.files()["tokenizer.json"])
