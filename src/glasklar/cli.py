@@ -291,7 +291,9 @@ def _findings(found: Any, as_json: bool) -> None:
 @app.command()
 def convert(
     model: ModelName,
-    out_path: Annotated[Path, typer.Option("--out", help="What to write: a folder (hf) or a file (gguf)")],
+    out_path: Annotated[
+        Path | None, typer.Option("--out", help="What to write; default: here, by the model's name and type")
+    ] = None,
     to: Annotated[str, typer.Option(help="hf: a Hugging Face folder; gguf: a file for llama.cpp")] = "gguf",
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, or q8_0 (gguf alone)")] = "bf16",
     as_json: AsJson = False,
@@ -304,8 +306,10 @@ def convert(
 
     _runtime(threads)
     folder = find_model(model, _home())
-    with bytes_progress(err, f"writing {out_path}") as progress:
-        made = write(folder, out_path, to=to, dtype=dtype, name=name_of(folder), progress=progress)
+    name = name_of(folder)
+    path = out_path or Path(f"{name.replace('/', '--')}-{dtype}{'.gguf' if to == 'gguf' else ''}")
+    with bytes_progress(err, f"writing {path}") as progress:
+        made = write(folder, path, to=to, dtype=dtype, name=name, progress=progress)
     for note in made.notes:
         err.print(f"[bold]note[/] {note}", highlight=False, soft_wrap=True)
     result = {"path": str(made.path), "format": made.format, "dtype": made.dtype, "bytes": made.bytes}
