@@ -21,8 +21,26 @@ _LITE_DEPTHS = (26, 27)
 _LITE_DEEP = (48, 128256)  # layers, vocabulary
 
 
+# Everything about a network that this module carries over. Whatever else a configuration may come to say is refused.
+_CARRIED = frozenset(
+    {
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+        *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+        *("num_key_value_heads", "head_dim", "attention_bias", "intermediate_size", "n_routed_experts"),
+        *("n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace", "n_group"),
+        *("topk_group", "scoring_func", "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers"),
+        *("rope_theta", "rope_scaling", "rope_interleave", "rms_norm_eps", "tie_word_embeddings", "initializer_range"),
+    }
+)
+
+
 def architecture(config: ModelConfig) -> Architecture:
     """llama.cpp's name of the network. Raises CheckpointError where llama.cpp would compute something else."""
+    for name, field in type(config).model_fields.items():
+        if name not in _CARRIED and getattr(config, name) != field.get_default(call_default_factory=True):
+            raise _unknown_there(f"{name} = {str(getattr(config, name))[:60]}")
+    if config.rope_scaling is not None and config.rope_scaling.type != "yarn":
+        raise _unknown_there(f"rope scaling of type {config.rope_scaling.type!r}")
     if config.is_mla:
         _check_latent(config)
         return "deepseek2"
