@@ -16,9 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "convert"))
+# In place of this folder, in which a file called gguf would hide the package of that name.
+sys.path[0] = str(Path(__file__).parents[1] / "tests" / "convert")
 
-from glasklar.runtime import prepare, start
+from glasklar.runtime import prepare, start  # noqa: E402
 
 QUESTIONS = ("What is 17 + 25?", "hello", "How many r are in strawberry?", "Write a word that begins with b.")
 

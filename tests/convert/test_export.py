@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from gguf_models import CASES, random_model, save, tokenizer
 
+import gguf
+from glasklar.convert import gguf_metadata
 from glasklar.convert.export import convert
 from glasklar.convert.gguf_metadata import architecture
 from glasklar.convert.gguf_vocab import read_vocabulary
@@ -155,6 +156,15 @@ def test_numbers_beyond_fp16_leave_nothing_behind(tmp_path: Path, to: str) -> No
 def test_networks_that_llama_cpp_would_compute_otherwise_are_refused(fields: dict, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         architecture(ModelConfig.read(fields, "case"))
+
+
+def test_every_field_of_a_configuration_is_carried_or_refused() -> None:
+    """A field that the network gets later must be thought of here too."""
+    assert ModelConfig.model_fields.keys() >= gguf_metadata._CARRIED
+    later = type("Later", (ModelConfig,), {"__annotations__": {"sliding_window": "int"}, "sliding_window": 0})
+    assert architecture(later.read(CASES["llama"], "case")) == "llama"
+    with pytest.raises(CheckpointError, match="does not know sliding_window = 9"):
+        architecture(later.read({**CASES["llama"], "sliding_window": 9}, "case"))
 
 
 def test_other_pre_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:
