@@ -121,7 +121,7 @@ def generate(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_ids=stop)
     [completion] = Engine(model.network, max_slots=1).generate([ids], params)
     reply = None if model.tokenizer is None else parse(model.tokenizer, completion.ids, None)
-    answer = {
+    answer: dict[str, Any] = {
         "ids": completion.ids,
         "text": None if reply is None else reply.content,
         "reasoning": None if reply is None else reply.reasoning,

@@ -21,7 +21,7 @@ from glasklar.provenance.signing import Signer
 from glasklar.runtime import Runtime
 from glasklar.train.state import load_state, save_state
 
-SFT, RL = "01-sft-00000004", "02-rl-00000004"
+PRETRAINED, SFT, RL = "00-pretrain-00000008", "01-sft-00000004", "02-rl-00000004"
 
 
 @pytest.fixture
@@ -77,21 +77,21 @@ def test_unknown_segments_are_refused(run: Path) -> None:
 
 def test_patched_weights_are_found_on_both_sides(run: Path, runtime: Runtime) -> None:
     """A state with other weights, recorded with the hash that it has: before it the end differs, after it the steps."""
-    tensors, meta = load_state(run / "checkpoints" / SFT)
+    tensors, meta = load_state(run / "checkpoints" / PRETRAINED)
     name = next(name for name in tensors if name.startswith("master.") and name.endswith("embed_tokens.weight"))
-    old = json.loads((run / "checkpoints" / SFT / "meta.json").read_bytes())["state_hash"]
-    new = save_state(run / "checkpoints" / SFT, {**tensors, name: tensors[name] * 1.5}, meta)
+    old = json.loads((run / "checkpoints" / PRETRAINED / "meta.json").read_bytes())["state_hash"]
+    new = save_state(run / "checkpoints" / PRETRAINED, {**tensors, name: tensors[name] * 1.5}, meta)
 
     def forge(line: dict) -> None:
         if line["data"].get("state_hash") == old:
             line["data"]["state_hash"] = new
 
     rewrite(run, forge)
-    before = replay(RunDir(run), lambda record: [record.leading_to(SFT)], runtime=runtime)
-    assert f"another state than recorded at {SFT}" in texts(before)
+    before = replay(RunDir(run), lambda record: [record.leading_to(PRETRAINED)], runtime=runtime)
+    assert f"another state than recorded at {PRETRAINED}" in texts(before)
     assert "only the state does" in texts(before)
-    after = replay(RunDir(run), lambda record: [record.leading_to(RL.replace("4", "1"))], runtime=runtime)
-    assert "first difference: rl step 1" in texts(after)
+    after = replay(RunDir(run), lambda record: [record.leading_to("5")], runtime=runtime)
+    assert "first difference: sft step 1: loss is 0x" in texts(after)
 
 
 def test_first_step_with_another_loss_is_named(run: Path, runtime: Runtime, tmp_path: Path) -> None:
