@@ -358,7 +358,9 @@ def main() -> None:
     """Entry point: maps errors to exit codes."""
     logging.basicConfig(level=os.environ.get("GLASKLAR_LOG", "WARNING").upper(), stream=sys.stderr)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer gives the code of an Exit back instead of raising it
+        if code:
+            sys.exit(code)
     except GlasklarError as error:
         err.print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
