@@ -33,18 +33,25 @@ from glasklar.train.loop import train_step  # noqa: E402
 from glasklar.train.objectives import LanguageConfig, language_loss  # noqa: E402
 from glasklar.train.optim import OptimizerConfig, make_optimizer  # noqa: E402
 
-T, VOCAB = 256, 512
-# rows, then the network; "S" is 2.2M active of 5.8M parameters, "M" 11M of 31M.
-ROWS = {"S": 32, "M": 16}
+VOCAB = 512
+# Rows and their length, then the network: "spark" is the recipe's (0.6M active of 1.1M parameters), "S" has 2.2M active
+# of 5.8M, "M" 11M of 31M.
+BATCH = {"spark": (32, 128), "S": (32, 256), "M": (16, 256)}
 MLA = {
+    "spark": dict(q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32),
     "S": dict(q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32),
     "M": dict(q_lora_rank=192, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64),
 }
 TRUNK = {
+    "spark": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256),
     "S": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, intermediate_size=384),
     "M": dict(hidden_size=384, num_hidden_layers=8, num_attention_heads=6, intermediate_size=768),
 }
-EXPERTS = dict(n_routed_experts=16, num_experts_per_tok=3, n_shared_experts=1, first_k_dense_replace=1)
+EXPERTS = {
+    "spark": dict(n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1),
+    "S": dict(n_routed_experts=16, num_experts_per_tok=3, n_shared_experts=1, first_k_dense_replace=1),
+    "M": dict(n_routed_experts=16, num_experts_per_tok=3, n_shared_experts=1, first_k_dense_replace=1),
+}
 
 # (row, over row): what the project asks for, and what it aims at.
 FLOORS = {
@@ -66,14 +73,19 @@ class Contender:
 
 
 def shape(name: str, moe: bool) -> ModelConfig:
-    fields: dict[str, Any] = {"vocab_size": VOCAB, "max_position_embeddings": T, **TRUNK[name], **MLA[name]}
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "max_position_embeddings": BATCH[name][1],
+        **TRUNK[name],
+        **MLA[name],
+    }
     if moe:
-        fields |= {**EXPERTS, "moe_intermediate_size": TRUNK[name]["intermediate_size"] // 4}
+        fields |= {**EXPERTS[name], "moe_intermediate_size": TRUNK[name]["intermediate_size"] // 4}
     return ModelConfig(**fields)
 
 
 def ids(name: str) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (ROWS[name], T), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, VOCAB, BATCH[name], generator=torch.Generator().manual_seed(0))
 
 
 def ours(name: str, config: ModelConfig, ops: Ops) -> Step:
@@ -84,7 +96,7 @@ def ours(name: str, config: ModelConfig, ops: Ops) -> Step:
     batch = Batch(
         ids_BT=rows,
         segments_BT=torch.zeros_like(rows),
-        position_BT=torch.arange(T).expand_as(rows).contiguous(),
+        position_BT=torch.arange(rows.shape[1]).expand_as(rows).contiguous(),
         weight_BT=torch.ones(rows.shape),
     )
     objective = LanguageConfig(mtp_weight=0.0)
@@ -97,10 +109,11 @@ def hugging_face(name: str, kind: str, attention: str, compiled: bool) -> Step:
     import transformers
 
     trunk: dict[str, Any] = {
-        "vocab_size": VOCAB, "max_position_embeddings": T, "attn_implementation": attention, "use_cache": False,
+        "vocab_size": VOCAB, "max_position_embeddings": BATCH[name][1], "attn_implementation": attention, "use_cache": False,
     }  # fmt: skip
     if kind == "DeepseekV3":
-        fields = shape(name, moe=True).model_dump(include={*TRUNK[name], *MLA[name], *EXPERTS, "moe_intermediate_size"})
+        wanted = {*TRUNK[name], *MLA[name], *EXPERTS[name], "moe_intermediate_size"}
+        fields = shape(name, moe=True).model_dump(include=wanted)
         fields |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
         fields["num_key_value_heads"] = fields["num_attention_heads"]
         model: Any = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**trunk, **fields))
@@ -135,7 +148,8 @@ def active_parameters(config: ModelConfig) -> int:
     total = 0
     for key, parameter in build(config, device="meta").named_parameters():
         if parameter.ndim == 3:
-            total += parameter.numel() * EXPERTS["num_experts_per_tok"] // EXPERTS["n_routed_experts"]
+            assert config.num_experts_per_tok is not None
+            total += parameter.numel() * config.num_experts_per_tok // len(parameter)
         elif parameter.ndim == 2 and not key.endswith("gate.weight"):
             total += parameter.numel()
     return total
@@ -177,7 +191,6 @@ def best_variant(side: Contender, tries: int) -> tuple[str, Step]:
         print(f"  {side.name:14} {label:18} {time_ * 1e3:7.0f} ms (first step {first:.1f} s)", file=sys.stderr)
         if best is None or time_ < best[0]:
             best = (time_, label, step)
-        torch._dynamo.reset()
     assert best is not None
     return best[1], best[2]
 
@@ -188,7 +201,7 @@ def measure(name: str, rounds: int, tries: int, sides: list[Contender]) -> dict[
     for _ in range(rounds):
         for key, (_, step) in chosen.items():
             times[key].append(seconds(step))
-    tokens = ROWS[name] * T
+    tokens = BATCH[name][0] * BATCH[name][1]
     rows = {
         key: {
             "variant": chosen[key][0],
@@ -221,7 +234,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", choices=("steps", "grpo", "all"), default="all")
-    parser.add_argument("--shape", choices=sorted(ROWS), default="S")
+    parser.add_argument("--shape", choices=sorted(BATCH), nargs="+", default=["spark", "S"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tries", type=int, default=3, help="timed steps of each variant before the best is chosen")
     parser.add_argument("--only", help="sides to measure, by a part of their name, separated by commas")
@@ -235,10 +248,11 @@ def main() -> None:
     results = []
     with contextlib.redirect_stdout(sys.stderr):
         if args.figure in ("steps", "all"):
-            sides = contenders(args.shape, not args.no_compile, ops)
-            if args.only:
-                sides = [side for side in sides if any(part in side.name for part in args.only.split(","))]
-            results.append(measure(args.shape, args.rounds, args.tries, sides))
+            for shape_name in args.shape:
+                sides = contenders(shape_name, not args.no_compile, ops)
+                if args.only:
+                    sides = [side for side in sides if any(part in side.name for part in args.only.split(","))]
+                results.append(measure(shape_name, args.rounds, args.tries, sides))
         if args.figure in ("grpo", "all"):
             import grpo
 

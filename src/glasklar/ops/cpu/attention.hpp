@@ -23,6 +23,25 @@ struct AttentionShape {
 
 constexpr int QUERY_BLOCK = 24;  // a multiple of every tile_rows()
 
+// First and last-plus-one key that a query may see. The mask is the same for all heads, so it is read once before them.
+struct Span {
+    int32_t from, to;
+};
+
+template <class T>
+const Span* visible_spans(const AttentionShape& s, const T* mask, int threads) {
+    Span* spans = Scratch::get<Span>(13, s.B * s.T);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < s.B * s.T; ++t) {
+        const T* row = mask + t * s.S;
+        int32_t from = 0, to = int32_t(s.S);
+        while (from < to && value(row[from]) == -std::numeric_limits<float>::infinity()) ++from;
+        while (to > from && value(row[to - 1]) == -std::numeric_limits<float>::infinity()) --to;
+        spans[t] = {from, to};
+    }
+    return spans;
+}
+
 // What one thread needs for one (sequence, key/value head). Query rows of a group's heads stand one after another.
 template <class T>
 struct AttentionWork {
@@ -31,8 +50,8 @@ struct AttentionWork {
     using Element = std::conditional_t<U::size == 2, bf16, float>;  // numbers laid out as units
 
     AttentionWork(const AttentionShape& s, Heads<const T> q, Heads<const T> k, Heads<const T> v, const T* mask,
-                  float scale, int64_t item)
-        : s(s), q(q), k(k), v(v), mask(mask), scale(scale), b(item / s.G), g(item % s.G),
+                  const Span* spans, float scale, int64_t item)
+        : s(s), q(q), k(k), v(v), mask(mask), spans(spans), scale(scale), b(item / s.G), g(item % s.G),
           rows(int(s.H / s.G * s.T)), keys(round_up(int(s.S), LANES)),
           k_width(round_up(int(s.K), LANES)), v_width(round_up(int(s.V), LANES)),
           keys_across(Scratch::get<unit>(0, Packed<T>::units(int(s.K), int(s.S))), int(s.K), int(s.S)),
@@ -46,16 +65,13 @@ struct AttentionWork {
     int64_t position(int row) const { return row % s.T; }
     const T* mask_row(int row) const { return mask + (b * s.T + position(row)) * s.S; }
 
-    // First and last-plus-one key that any of the block's rows may see, in whole vectors.
+    // Keys that any of the block's rows may see, in whole vectors.
     void find_range(int first_row, int count) {
         int low = int(s.S), high = 0;
         for (int m = 0; m < count; ++m) {
-            const T* row = mask_row(first_row + m);
-            int i = 0, j = int(s.S);
-            while (i < low && value(row[i]) == -std::numeric_limits<float>::infinity()) ++i;
-            while (j > high && value(row[j - 1]) == -std::numeric_limits<float>::infinity()) --j;
-            low = std::min(low, i);
-            high = std::max(high, j);
+            const Span& span = spans[b * s.T + position(first_row + m)];
+            low = std::min(low, int(span.from));
+            high = std::max(high, int(span.to));
         }
         from = std::min(low, high) / LANES * LANES;
         to = round_up(high, LANES);
@@ -83,6 +99,7 @@ struct AttentionWork {
     const AttentionShape& s;
     Heads<const T> q, k, v;
     const T* mask;
+    const Span* spans;
     float scale;
     int64_t b, g;
     int rows, keys, k_width, v_width;

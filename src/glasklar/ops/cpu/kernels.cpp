@@ -86,10 +86,12 @@ template <class T>
 void attention_forward(const T* q, const T* k, const T* v, const T* mask, float scale, T* out, float* log_sums,
                        const int64_t* shape, const int64_t* strides, int threads) {
     const AttentionShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
+    const Span* spans = visible_spans(s, mask, threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t item = 0; item < s.B * s.G; ++item)
-        attention_forward_item<T>({s, heads(q, strides), heads(k, strides + 3), heads(v, strides + 6), mask, scale, item},
-                                  heads(out, strides + 9), log_sums);
+        attention_forward_item<T>(
+            {s, heads(q, strides), heads(k, strides + 3), heads(v, strides + 6), mask, spans, scale, item},
+            heads(out, strides + 9), log_sums);
 }
 
 template <class T>
@@ -97,11 +99,13 @@ void attention_backward(const T* q, const T* k, const T* v, const T* mask, float
                         const float* log_sums, T* grad_q, T* grad_k, T* grad_v, const int64_t* shape,
                         const int64_t* strides, int threads) {
     const AttentionShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
+    const Span* spans = visible_spans(s, mask, threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t item = 0; item < s.B * s.G; ++item)
-        attention_backward_item<T>({s, heads(q, strides), heads(k, strides + 3), heads(v, strides + 6), mask, scale, item},
-                                   heads(out, strides + 9), heads(grad, strides + 12), log_sums,
-                                   heads(grad_q, strides + 15), heads(grad_k, strides + 18), heads(grad_v, strides + 21));
+        attention_backward_item<T>(
+            {s, heads(q, strides), heads(k, strides + 3), heads(v, strides + 6), mask, spans, scale, item},
+            heads(out, strides + 9), heads(grad, strides + 12), log_sums, heads(grad_q, strides + 15),
+            heads(grad_k, strides + 18), heads(grad_v, strides + 21));
 }
 
 // Weights of all experts laid out for products: `across` sums over a matrix's columns (x W^T), otherwise over its rows.
