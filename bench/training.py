@@ -109,7 +109,8 @@ def hugging_face(name: str, kind: str, attention: str, compiled: bool) -> Step:
     import transformers
 
     trunk: dict[str, Any] = {
-        "vocab_size": VOCAB, "max_position_embeddings": BATCH[name][1], "attn_implementation": attention, "use_cache": False,
+        "vocab_size": VOCAB, "max_position_embeddings": BATCH[name][1], "attn_implementation": attention,
+        "use_cache": False,
     }  # fmt: skip
     if kind == "DeepseekV3":
         wanted = {*TRUNK[name], *MLA[name], *EXPERTS[name], "moe_intermediate_size"}
