@@ -20,11 +20,11 @@ SYLLABLES = ("ka", "lo", "mi", "ter", "sun", "über", "ße", "λο", "and", "tio
 def notes(folder: Path, files: int = 60) -> Path:
     """A folder of small texts of made-up words (enough of them for 2,048 pieces), a third of them below a subfolder."""
     draw = random.Random(0)
-    words = ["".join(draw.choices(SYLLABLES, k=draw.randint(2, 4))) for _ in range(1500)]
+    words = ["".join(draw.choices(SYLLABLES, k=draw.randint(2, 5))) for _ in range(4000)]
     for i in range(files):
         path = folder / ("deep/er" if i % 3 == 0 else ".") / f"note{i:02d}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"# Note {i}\n" + " ".join(draw.choices(words, k=200)), encoding="utf-8")
+        path.write_text(f"# Note {i}\n" + " ".join(draw.choices(words, k=400)), encoding="utf-8")
     return folder
 
 

@@ -290,7 +290,7 @@ def test_checkpoint_of_another_step(run: Path, home: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "02-rl-00000004")
     shutil.copytree(run / "checkpoints" / "02-rl-00000003", run / "checkpoints" / "02-rl-00000004")
     resign(run, home)
-    assert {"checkpoints/02-rl-00000004", "weights"} <= set(failures(run, home))
+    assert "checkpoints/02-rl-00000004" in failures(run, home)
 
 
 def test_checkpoint_that_nobody_recorded(run: Path, home: Path) -> None:
