@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -114,3 +115,10 @@ def test_wrong_arguments(arguments: tuple[str, ...], words: tuple[str, ...], tmp
     assert "Traceback" not in result.stderr
     for word in words:
         assert word in result.stderr
+
+
+@pytest.mark.parametrize(("target", "total"), [("deepseek-v3", 671e9), ("spark", 1.08e6)])
+def test_plans_are_one_json_object_on_stdout(target: str, total: float, tmp_path: Path) -> None:
+    result = glasklar("plan", target, "--json", home=tmp_path)
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["params_total"] == pytest.approx(total, rel=0.01)

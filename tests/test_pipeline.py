@@ -23,7 +23,7 @@ from glasklar.provenance.metrics import read_metrics
 from glasklar.runtime import Runtime
 from glasklar.train.state import saved_hash
 
-KILLS = 10
+KILLS, STEPS = 10, 16
 
 
 def state_hashes(run: Path) -> dict[str, str]:
@@ -68,34 +68,57 @@ def test_another_seed_gives_other_states(smoke_run: Path, tmp_path: Path, runtim
     assert not set(state_hashes(other).values()) & set(state_hashes(smoke_run).values())
 
 
-def test_killed_at_random_moments_it_ends_in_the_same_weights(smoke_run: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_of_all_stages_it_ends_in_the_same_weights(smoke_run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "glasklar.cli", "train", str(SMOKE), "--run", str(tmp_path / "run")]
     rng = random.Random(5)
-    killed: list[str] = []
-    while len(killed) < KILLS:
-        before = _progress(tmp_path / "run")
+    stages = set()
+    for step in sorted(rng.sample(range(STEPS), KILLS)):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
-        # The run is killed once it has gone a little further than it was, at a random moment.
-        while _progress(tmp_path / "run") <= before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.3)
-        if process.poll() is not None:
-            break
+        while _progress(tmp_path / "run") < step and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        assert process.poll() is None, "the process was to be killed while it worked"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        killed.append(str(_progress(tmp_path / "run")))
+        stages.add(_last_stage(tmp_path / "run"))
+    assert stages >= {"pretrain", "sft", "rl"}
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert len(killed) >= KILLS // 2, killed
     assert weights(tmp_path / "run") == weights(smoke_run)
     assert state_hashes(tmp_path / "run") == state_hashes(smoke_run)
-    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "stage" in line]
-    assert len(lines) == 16
+    assert _progress(tmp_path / "run") == STEPS
+
+
+def test_stopped_by_the_keyboard_it_says_how_to_go_on(smoke_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "glasklar.cli", "train", str(SMOKE), "--run", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while _progress(run) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    again = said.replace("\n", " ").partition("Go on with:")[2].split()
+    assert again == ["glasklar", "train", str(SMOKE), "--run", str(run)]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert weights(run) == weights(smoke_run)
+
+
+def _steps(run: Path) -> list[str]:
+    """The stage of every step recorded so far, torn last lines left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [line["stage"] for line in map(json.loads, lines) if "stage" in line]
 
 
 def _progress(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return len(_steps(run))
+
+
+def _last_stage(run: Path) -> str:
+    return (_steps(run) or ["none"])[-1]
 
 
 def test_another_recipe_under_the_same_name_is_refused(smoke_run: Path, tmp_path: Path, runtime: Runtime) -> None:
