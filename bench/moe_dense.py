@@ -19,9 +19,10 @@ from glasklar.runtime import prepare, start
 
 THREADS = prepare()
 
+from race import equal_active, ours, race  # noqa: E402  the environment comes first
+
 from glasklar.corpus import prepare as prepare_corpus  # noqa: E402
 from glasklar.recipe import PretrainStage, load_recipe  # noqa: E402
-from race import equal_active, ours, race  # noqa: E402  the environment comes first
 
 LAB = Path(__file__).parents[1] / "docs" / "lab"
 WATCHED = 120_000

@@ -22,10 +22,11 @@ from glasklar.runtime import prepare, start
 
 THREADS = prepare()
 
+from race import equal_active, llama, ours, race  # noqa: E402  the environment comes first
+
 from glasklar.corpus import prepare as prepare_corpus  # noqa: E402
 from glasklar.corpus import split_documents  # noqa: E402
 from glasklar.recipe import PretrainStage, load_recipe  # noqa: E402
-from race import equal_active, llama, ours, race  # noqa: E402  the environment comes first
 
 LAB = Path(__file__).parents[1] / "docs" / "lab"
 WATCHED = 120_000  # bytes of held-out text that the curves are measured on; the end is measured on all

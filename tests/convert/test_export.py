@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from gguf_models import CASES, random_model, save, tokenizer
 
-import gguf
 from glasklar.convert import gguf_metadata
 from glasklar.convert.export import convert
 from glasklar.convert.gguf_metadata import architecture
