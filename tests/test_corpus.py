@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from glasklar.corpus import Corpus, packed_order, prepare, split_documents
-from glasklar.errors import GlasklarError
+from glasklar.corpus import REMOVED, Corpus, packed_order, prepare, select, split_documents, training_documents
+from glasklar.data import documents
+from glasklar.data.documents import Document
+from glasklar.errors import CheckpointError, GlasklarError
 from glasklar.provenance.hashing import merkle_root
 from glasklar.recipe import Recipe, load_recipe, recipe_path
 
@@ -78,6 +80,89 @@ def test_json_lines_give_the_same_documents_as_files(tmp_path: Path) -> None:
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     train, kept_out = split_documents(changed(tmp_path, jsonl_source(lines)))
     assert sorted(document.text for document in train + kept_out) == texts
+
+
+CLEANING = "[cleaning]\nevaluations = ['{exam}']\n"
+
+
+def messy(tmp_path: Path) -> Recipe:
+    """A folder of notes, some of them nearly twice, one equal to another, one with a question of an exam; and JSON
+    lines that repeat a note."""
+    folder = notes(tmp_path / "notes")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.md"))}
+    for i in range(5):
+        (folder / f"near{i}.md").write_text(texts[f"note{i:02d}.md"] + " and a few words more", encoding="utf-8")
+    (folder / "same.md").write_text(texts["note20.md"], encoding="utf-8")
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"text": texts["note21.md"].upper()}), encoding="utf-8")
+    question = " ".join(texts["note30.md"].split()[100:120])
+    (tmp_path / "exam.jsonl").write_text(json.dumps({"question": question, "choices": ["a", "b"]}), encoding="utf-8")
+    line = text_source(folder).replace("}]", f"}}, {{ kind = 'jsonl', path = '{tmp_path / 'lines.jsonl'}' }}]")
+    recipe = changed(tmp_path, line)
+    mine = tmp_path / "mine.toml"
+    mine.write_text(mine.read_text(encoding="utf-8") + CLEANING.format(exam=tmp_path / "exam.jsonl"), encoding="utf-8")
+    assert load_recipe(str(mine)).hash != recipe.hash
+    return load_recipe(str(mine))
+
+
+def test_what_is_removed_is_listed_with_its_reason(tmp_path: Path) -> None:
+    recipe = messy(tmp_path)
+    corpus = prepare(recipe, tmp_path / "corpus")
+    lines = [json.loads(line) for line in (tmp_path / "corpus" / REMOVED).read_text(encoding="utf-8").splitlines()]
+    assert corpus.facts["removed"] == {"duplicate": 1, "near-duplicate": 6, "evaluation overlap": 1}
+    assert [line["document"] for line in lines] == sorted(line["document"] for line in lines)
+    by_reason = {
+        reason: {line["origin"] for line in lines if line["reason"] == reason} for reason in corpus.facts["removed"]
+    }
+    assert by_reason["duplicate"] == {"same.md"}
+    assert by_reason["evaluation overlap"] == {"deep/er/note30.md"}
+    stay = {document.hash.hex() for document in [*select(recipe).train, *select(recipe).held_out]}
+    assert all(line["because_of"] in stay for line in lines if line["reason"] == "near-duplicate")
+    assert not {line["document"] for line in lines} & stay
+    assert len(stay) + len(lines) == 60 + 5 + 1 + 1
+
+
+def test_workers_and_orders_of_files_give_the_same_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = messy(tmp_path)
+    wanted = prepare(recipe, tmp_path / "corpus")
+    inside = documents._files
+    for seed, workers in ((1, 1), (2, 2), (3, 5)):
+        files = lambda folder: random.Random(seed).sample(found := list(inside(folder)), len(found))  # noqa: B023, E731
+        monkeypatch.setattr(documents, "_files", files)
+        again = prepare(recipe, tmp_path / f"corpus{seed}", workers)
+        assert again.facts == wanted.facts
+        assert {p.name: p.read_bytes() for p in (tmp_path / f"corpus{seed}").iterdir()} == {
+            p.name: p.read_bytes() for p in (tmp_path / "corpus").iterdir()
+        }
+
+
+def test_a_prepared_corpus_knows_its_documents_again(tmp_path: Path) -> None:
+    recipe = messy(tmp_path)
+    made = prepare(recipe, tmp_path / "corpus")
+    again = prepare(recipe, tmp_path / "corpus")
+    assert again.held_out == made.held_out
+    assert training_documents(recipe, tmp_path / "corpus") == packed_order(select(recipe).train)
+    listed = tmp_path / "corpus" / REMOVED
+    listed.write_bytes(listed.read_bytes().replace(b"duplicate", b"DUPLICATE", 1))
+    with pytest.raises(CheckpointError, match=REMOVED):
+        prepare(recipe, tmp_path / "corpus")
+
+
+def test_the_very_same_document_in_two_sources_stays_once(tmp_path: Path) -> None:
+    folder = notes(tmp_path / "notes")
+    line = text_source(folder)
+    changed(tmp_path, line.replace("}]", "}, " + line.partition("[")[2]))
+    mine = tmp_path / "mine.toml"
+    mine.write_text(mine.read_text(encoding="utf-8") + "[cleaning]\n", encoding="utf-8")
+    recipe = load_recipe(str(mine))
+    prepare(recipe, tmp_path / "corpus")
+    assert len(training_documents(recipe, tmp_path / "corpus")) == len(select(recipe).train)
+    everything: list[Document] = [*select(recipe).train, *select(recipe).held_out]
+    assert len({document.hash for document in everything}) == len(everything) == 60
+
+
+def test_a_recipe_that_does_not_speak_of_cleaning_keeps_its_hash() -> None:
+    assert "cleaning" not in load_recipe("spark").canonical()
+    assert load_recipe("stdlib").cleaning is None
 
 
 def missing(tmp_path: Path) -> tuple[str, list[str]]:

@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 from glasklar.audit.documents import write_documents
 from glasklar.audit.report import write_report
 from glasklar.audit.seal import seal
+from glasklar.corpus import EVALUATION_SEED
 from glasklar.data.chat import Message, parse, render
 from glasklar.data.procedural import Mixture
 from glasklar.data.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from glasklar.loading import Model, find_model
 from glasklar.model.checkpoint import read_config
 from glasklar.model.plan import Plan, StageBudget, plan_model, plan_stages
 from glasklar.model.shapes import load_hardware, load_shape, shape_names
-from glasklar.pipeline import EVALUATION_SEED, Pipeline, Reporter
+from glasklar.pipeline import Pipeline, Reporter
 from glasklar.provenance.receipt import engine_identity, make_receipt, model_root
 from glasklar.provenance.rundir import RunDir
 from glasklar.provenance.signing import Signer

@@ -1,5 +1,10 @@
 """From a recipe's sources to packed tokens in the run folder: documents, hashes, tokenizer, held-out part.
 
+    facts.json           counts, Merkle roots, hashes of the files beside it
+    removed.jsonl        documents that are not trained on, and why, by hash (recipes with text of their own)
+    tokenizer.json, …    made from the documents
+    train.safetensors    packed tokens
+
 Made once per run; a later start finds the files, checks their hashes and goes on.
 """
 
@@ -7,13 +12,16 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from glasklar.data.batches import PackedDocuments
 from glasklar.data.chat import demonstration
-from glasklar.data.documents import Document, held_out, read_documents
+from glasklar.data.cleaning import near_duplicates, overlaps
+from glasklar.data.documents import Document, Removed, evaluation_texts, held_out, read_source
 from glasklar.data.procedural import Mixture, TaskSource, demonstrations, documents
 from glasklar.data.tokenizer import SPECIAL, Tokenizer
 from glasklar.errors import CheckpointError
@@ -21,7 +29,9 @@ from glasklar.provenance.files import write_atomic
 from glasklar.provenance.hashing import canonical_json, merkle_root, sha256_file
 from glasklar.recipe import Recipe, SFTStage
 
-TRAIN = "train.safetensors"
+TRAIN, REMOVED = "train.safetensors", "removed.jsonl"
+# Seeds of evaluations differ from those of training only for clarity: problems are kept apart by their split.
+EVALUATION_SEED = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +44,26 @@ class Corpus:
     facts: dict[str, object]
 
 
-def prepare(recipe: Recipe, folder: Path) -> Corpus:
-    """The corpus of a recipe in `folder`, made if it is not there. Raises DataError for sources that hold nothing and
-    CheckpointError for files that are not what the run recorded."""
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What a recipe's sources hold, sorted out. `removed` is ordered by hash."""
+
+    train: list[Document]
+    held_out: list[Document]
+    removed: list[Removed]
+
+
+def prepare(recipe: Recipe, folder: Path, workers: int = 1) -> Corpus:
+    """The corpus of a recipe in `folder`, made if it is not there; `workers` threads look for near-duplicates.
+
+    Raises DataError for sources that hold nothing and CheckpointError for files that are not what the run recorded.
+    """
     facts_path = folder / "facts.json"
     if facts_path.exists():
         return _reopen(recipe, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    train, kept_out = split_documents(recipe)
+    selection = select(recipe, workers)
+    train, kept_out = selection.train, selection.held_out
     sample = random.Random(recipe.seed).sample(train, min(recipe.tokenizer.sample, len(train)))
     tokenizer = Tokenizer.train((_plain(document.text) for document in sample), vocab_size=recipe.tokenizer.vocab_size)
     for name, content in tokenizer.files().items():
@@ -60,6 +82,11 @@ def prepare(recipe: Recipe, folder: Path) -> Corpus:
         "tokenizer": tokenizer.hash,
         "train_file": sha256_file(folder / TRAIN),
     }
+    if not _only_tasks(recipe):
+        lines = [canonical_json(removed.record()) + b"\n" for removed in selection.removed]
+        write_atomic(folder / REMOVED, b"".join(lines))
+        facts["removed"] = dict(Counter(removed.reason for removed in selection.removed))
+        facts["removed_file"] = sha256_file(folder / REMOVED)
     write_atomic(facts_path, canonical_json(facts))
     return Corpus(tokenizer=tokenizer, train=packed, held_out=kept_out, facts=facts)
 
@@ -92,17 +119,87 @@ def _trusted(document: Document) -> bool:
 
 
 def split_documents(recipe: Recipe) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents. Problems have splits of their own; of text, whole documents are held out."""
-    train: list[Document] = []
-    kept_out: list[Document] = []
+    """Training and held-out documents of a recipe, from its sources."""
+    selection = select(recipe)
+    return selection.train, selection.held_out
+
+
+def training_documents(recipe: Recipe, folder: Path) -> list[Document]:
+    """The documents behind a prepared corpus, in the order in which their tokens lie in the training file; what was
+    removed is taken from the list in `folder`. Errors as `read_source`."""
+    return packed_order(_sorted_out(recipe, folder)[0])
+
+
+def select(recipe: Recipe, workers: int = 1) -> Selection:
+    """All sources read and sorted out. Problems have splits of their own; of text, whole documents are held out, and
+    what the recipe's `cleaning` names is removed: near-duplicates first, among all text, then training documents that
+    overlap with an evaluation. Nothing depends on the order of files or on `workers`."""
+    made, text, removed = _read(recipe)
+    if recipe.cleaning is not None:
+        text, near = near_duplicates(text, recipe.cleaning.near_duplicate, workers)
+        removed += near
+    kept_out = [document for document in text if held_out(document, recipe.evaluation.held_out)]
+    train = [document for document in text if not held_out(document, recipe.evaluation.held_out)]
+    if recipe.cleaning is not None:
+        train, leaks = overlaps(train, _evaluations(recipe, kept_out), recipe.cleaning, workers)
+        removed += leaks
+    removed.sort(key=lambda each: each.document.hash)
+    return Selection(train=made + train, held_out=kept_out, removed=removed)
+
+
+def _read(recipe: Recipe) -> tuple[list[Document], list[Document], list[Removed]]:
+    """Documents that the tasks make, documents of text, and repetitions within a source of text."""
+    made: list[Document] = []
+    text: list[Document] = []
+    removed: list[Removed] = []
     mixture = Mixture.of(recipe.tasks)
     for source in recipe.sources:
         if isinstance(source, TaskSource):
-            train += documents(source, mixture, recipe.seed)
-            continue
-        for document in read_documents(source):
-            (kept_out if held_out(document, recipe.evaluation.held_out) else train).append(document)
-    return train, kept_out
+            made += documents(source, mixture, recipe.seed)
+        else:
+            found, again = read_source(source)
+            text += found
+            removed += again
+    return made, text, removed
+
+
+def _evaluations(recipe: Recipe, kept_out: list[Document]) -> Iterator[tuple[str, str]]:
+    """Name and text of all that the recipe's model is measured on."""
+    assert recipe.cleaning is not None
+    for document in kept_out:
+        yield f"held out: {document.source}, {document.origin}", document.text
+    for hard in (False, True):
+        for task in Mixture.of(recipe.tasks, hard=hard).tasks:
+            for index in range(recipe.evaluation.problems):
+                problem = task.draw("test", EVALUATION_SEED, index)
+                yield f"task: {task.name}, test problem {index}", f"{problem.question} {problem.answer}"
+    for path in recipe.cleaning.evaluations:
+        yield from evaluation_texts(path)
+
+
+def _sorted_out(recipe: Recipe, folder: Path) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents, with what was removed taken from its list."""
+    made, text, _ = _read(recipe)
+    # How often each: two sources may hold the very same document, of which one stays.
+    gone = Counter(line["document"] for line in _removed(folder) if line["reason"] != "duplicate")
+    stay = []
+    for document in text:
+        if gone[document.hash.hex()]:
+            gone[document.hash.hex()] -= 1
+        else:
+            stay.append(document)
+    share = recipe.evaluation.held_out
+    train = [document for document in stay if not held_out(document, share)]
+    return made + train, [document for document in stay if held_out(document, share)]
+
+
+def _removed(folder: Path) -> list[dict[str, Any]]:
+    path = folder / REMOVED
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def _only_tasks(recipe: Recipe) -> bool:
+    return all(isinstance(source, TaskSource) for source in recipe.sources)
 
 
 def demonstration_tokens(
@@ -120,15 +217,15 @@ def _reopen(recipe: Recipe, folder: Path) -> Corpus:
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.load(folder)
     path = folder / TRAIN
-    for name, found, recorded in (
-        ("tokenizer.json", tokenizer.hash, facts["tokenizer"]),
-        (path.name, sha256_file(path), facts["train_file"]),
-    ):
-        if found != recorded:
+    recorded = {"tokenizer.json": facts["tokenizer"], TRAIN: facts["train_file"]}
+    found = {"tokenizer.json": tokenizer.hash, TRAIN: sha256_file(path)}
+    if "removed_file" in facts:
+        recorded[REMOVED], found[REMOVED] = facts["removed_file"], sha256_file(folder / REMOVED)
+    for name, digest in found.items():
+        if digest != recorded[name]:
             raise CheckpointError(
-                f"{folder / name}: its hash {found[:12]}… is not the recorded {recorded[:12]}…; "
+                f"{folder / name}: its hash {digest[:12]}… is not the recorded {recorded[name][:12]}…; "
                 "the file was changed: remove the folder to have it made again"
             )
-    only_tasks = all(isinstance(source, TaskSource) for source in recipe.sources)
-    kept_out = [] if only_tasks else split_documents(recipe)[1]
+    kept_out = [] if _only_tasks(recipe) else _sorted_out(recipe, folder)[1]
     return Corpus(tokenizer=tokenizer, train=PackedDocuments.open(path), held_out=kept_out, facts=facts)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from glasklar.corpus import Corpus, prepare
+from glasklar.corpus import EVALUATION_SEED, Corpus, prepare
 from glasklar.data.procedural import Mixture
 from glasklar.engine.engine import Engine
 from glasklar.errors import GlasklarError
@@ -33,8 +33,6 @@ from glasklar.tasks.base import Split
 from glasklar.train.state import checkpoint_name, latest, load_state, prune, save_state, saved_hash
 from glasklar.training import AnyStage, Position, Training, state_at
 
-# Seeds of evaluations differ from those of training only for clarity: problems are kept apart by their split.
-EVALUATION_SEED = 7
 KEPT_CHECKPOINTS = 2
 
 
@@ -101,7 +99,7 @@ class Pipeline:
             machine = self.training.describe_machine()
             ledger.append("resumed", {"checkpoint": newest.name if newest else None, "machine": machine})
         self.reporter.note("reading the sources, training the tokenizer")
-        self.corpus = prepare(self.recipe, self.run.path / "data")
+        self.corpus = prepare(self.recipe, self.run.path / "data", self.runtime.threads)
         if not ledger.of("data"):
             ledger.append("data", self.corpus.facts)
             ledger.append(

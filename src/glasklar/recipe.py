@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from glasklar.config import Section, read_toml
-from glasklar.data.documents import JsonlSource, StdlibSource, TextSource
+from glasklar.data.cleaning import Cleaning
+from glasklar.data.documents import HubSource, JsonlSource, ParquetSource, StdlibSource, TextSource
 from glasklar.data.procedural import Mixture, TaskEntry, TaskSource
 from glasklar.errors import RecipeError
 from glasklar.model.config import ModelConfig
@@ -20,7 +21,9 @@ from glasklar.train.objectives import LanguageConfig
 from glasklar.train.optim import OptimizerConfig
 from glasklar.train.schedule import ScheduleConfig
 
-Source = Annotated[TaskSource | TextSource | JsonlSource | StdlibSource, Field(discriminator="kind")]
+Source = Annotated[
+    TaskSource | TextSource | JsonlSource | ParquetSource | HubSource | StdlibSource, Field(discriminator="kind")
+]
 Steps = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
@@ -124,6 +127,7 @@ class Recipe(Section):
     tokenizer: TokenizerConfig
     tasks: tuple[TaskEntry, ...] = ()
     sources: tuple[Source, ...] = Field(min_length=1)
+    cleaning: Cleaning | None = None
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -147,6 +151,11 @@ class Recipe(Section):
             if not isinstance(stage, RLStage) and stage.rows % (stage.micro or stage.rows):
                 raise ValueError(f"rows = {stage.rows} is no multiple of micro = {stage.micro}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _absent_stays_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that does not speak of cleaning has no word of it in its canonical text."""
+        return {name: value for name, value in handler(self).items() if name != "cleaning" or value is not None}
 
     @property
     def reasoning_tasks(self) -> tuple[str, ...]:

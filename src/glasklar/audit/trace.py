@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glasklar.corpus import packed_order, prepare, split_documents
+from glasklar.corpus import prepare, training_documents
 from glasklar.data.batches import PackedDocuments, Packer
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.data.trace import SHORTEST, Span, TraceIndex
@@ -68,7 +68,7 @@ class Tracer:
         corpus = prepare(self.recipe, run.data)
         self.tokenizer, self.packed, self.facts = corpus.tokenizer, corpus.train, corpus.facts
         self.index = cached_index(corpus.train, cache / f"{corpus.facts['train_file']}.safetensors")
-        self.documents = packed_order(split_documents(self.recipe)[0])
+        self.documents = training_documents(self.recipe, run.data)
         self.leaves = [document.hash for document in self.documents]
         if len(self.documents) != len(self.packed):
             raise RecordError(f"{run.path}: the sources hold {len(self.documents)} documents, not {len(self.packed)}")

@@ -12,7 +12,7 @@ import torch
 
 from glasklar.audit.findings import Findings
 from glasklar.audit.verify_replays import checkpoint_events
-from glasklar.corpus import TRAIN
+from glasklar.corpus import REMOVED, TRAIN
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.errors import CheckpointError
 from glasklar.model.checkpoint import hf_tensors, load_model
@@ -75,6 +75,14 @@ def _data(run: RunDir, recorded: dict[str, Any], tokenizer: dict[str, Any], foun
         f"{recorded['tokens']:,} training tokens, the recorded ones",
         "other training tokens than recorded",
     )
+    if "removed_file" in recorded:
+        removed = sum(recorded["removed"].values())
+        found.expect(
+            sha256_file(run.data / REMOVED) == recorded["removed_file"],
+            f"data/{REMOVED}",
+            f"the recorded list of {removed} documents that were left out, with reasons",
+            "another list of documents that were left out than recorded",
+        )
     _tokenizer(run.data, tokenizer["hash"], found)
     found.unchecked(
         "data root", "that the documents give this root: `glasklar replay --rebuild-data` makes them from their sources"

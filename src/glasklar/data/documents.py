@@ -1,4 +1,7 @@
-"""Sources to documents: text folders, JSON lines, Python's standard library. Their order is their content's."""
+"""Sources to documents: text folders, JSON lines, Parquet, data sets of the hub, Python's standard library.
+
+Their order is their content's: neither the order of files nor that of directories matters.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -20,6 +23,9 @@ from glasklar.provenance.hashing import leaf_hash
 
 # Part of the standard library's folder, but not of what one reads it for.
 NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
+
+
+Reason = Literal["duplicate", "near-duplicate", "evaluation overlap"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,28 @@ class Document:
     @property
     def hash(self) -> bytes:
         return leaf_hash(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """A document that is not trained on, and why.
+
+    because_of   hash of the document that stays in its place, or name of the evaluation text that it overlaps with
+    detail       how near, or the words in question
+    """
+
+    document: Document
+    reason: Reason
+    because_of: str
+    detail: str = ""
+
+    def record(self) -> dict[str, str]:
+        """What is listed: everything but the text."""
+        named = asdict(self.document) | {"document": self.document.hash.hex(), "reason": self.reason}
+        return {name: value for name, value in named.items() if name != "text"} | {
+            "because_of": self.because_of,
+            "detail": self.detail,
+        }
 
 
 class TextSource(Section):
@@ -62,6 +90,38 @@ class JsonlSource(Section):
     date: str = ""
 
 
+class ParquetSource(Section):
+    """Every row of the files at `path` (a file, or a folder with *.parquet) is a document; its text is in `field`.
+
+    Needs pyarrow: `pip install glasklar[parquet]`.
+    """
+
+    kind: Literal["parquet"] = "parquet"
+    path: str
+    field: str = "text"
+    licence: str = "unknown"
+    date: str = ""
+
+
+class HubSource(Section):
+    """A data set of the Hugging Face hub at one commit, out of the hub's cache on this machine.
+
+    Training reaches no network; the files come beforehand, when somebody says so:
+    `hf download --repo-type dataset ID --revision COMMIT`. Needs huggingface_hub and, for Parquet files, pyarrow:
+    `pip install glasklar[hub,parquet]`.
+
+    globs    files to take, by their place in the data set: *.parquet and *.jsonl are understood
+    """
+
+    kind: Literal["hub"] = "hub"
+    id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    globs: tuple[str, ...] = ("*.parquet", "*.jsonl")
+    field: str = "text"
+    licence: str = "unknown"
+    date: str = ""
+
+
 class StdlibSource(Section):
     """The source of the Python standard library of this machine, without its tests: real text that is everywhere."""
 
@@ -69,25 +129,72 @@ class StdlibSource(Section):
     max_bytes: int = Field(default=1 << 20, ge=1)
 
 
-def read_documents(source: TextSource | JsonlSource | StdlibSource) -> list[Document]:
-    """All documents of a source, by content hash, exact duplicates of a text once (the first origin by name stays).
+AnySource = TextSource | JsonlSource | ParquetSource | HubSource | StdlibSource
 
-    Raises DataError for a missing path, an unreadable file, text that is not UTF-8, a source that holds nothing.
+
+def read_documents(source: AnySource) -> list[Document]:
+    """The documents of a source, by content hash, each text once. Errors as `read_source`."""
+    return read_source(source)[0]
+
+
+def read_source(source: AnySource) -> tuple[list[Document], list[Removed]]:
+    """All documents of a source, by content hash, exact duplicates of a text once (the first origin by name stays);
+    and the duplicates.
+
+    Raises DataError for a missing path, an unreadable file, text that is not UTF-8, a source that holds nothing, a
+    library that is needed and not installed.
     """
     match source:
         case TextSource():
             found = _text_files(source)
         case JsonlSource():
             found = _json_lines(source)
+        case ParquetSource():
+            found = _parquet(source)
+        case HubSource():
+            found = _hub(source)
         case StdlibSource():
             found = _standard_library(source)
     by_text: dict[str, Document] = {}
+    again: list[Removed] = []
     for document in sorted(found, key=lambda document: document.origin):
-        if document.text.strip():
-            by_text.setdefault(document.text, document)
+        if not document.text.strip():
+            continue
+        first = by_text.setdefault(document.text, document)
+        if first is not document:
+            again.append(Removed(document=document, reason="duplicate", because_of=first.hash.hex()))
     if not by_text:
         raise DataError(f"source {source.model_dump()}: holds no text; check path and globs")
-    return sorted(by_text.values(), key=lambda document: document.hash)
+    return sorted(by_text.values(), key=lambda document: document.hash), again
+
+
+def evaluation_texts(path: str) -> Iterator[tuple[str, str]]:
+    """Name and text of every evaluation text of a file: all text of each JSON line, or each line of plain text.
+
+    Raises DataError where the file is missing, unreadable or not JSON.
+    """
+    place = _existing(path)
+    if not place.is_file():
+        raise DataError(f"evaluations {path!r}: is a folder; name its files")
+    for number, line in enumerate(_read(place, None).split("\n"), start=1):
+        if not line.strip():
+            continue
+        if place.suffix == ".jsonl":
+            try:
+                line = " ".join(_texts(json.loads(line)))
+            except ValueError as error:
+                raise DataError(f"{place}: line {number} is no JSON ({error})") from None
+        yield f"{place.name}, line {number}", line
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text inside a JSON value, in its order."""
+    match value:
+        case str():
+            yield value
+        case dict() | list():
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from _texts(inner)
 
 
 def held_out(document: Document, share: float) -> bool:
@@ -100,7 +207,7 @@ def _text_files(source: TextSource) -> Iterator[Document]:
     folder = _existing(source.path)
     for path in _files(folder):
         relative = path.relative_to(folder).as_posix()
-        if any(fnmatch(path.name, glob) or fnmatch(relative, glob) for glob in source.globs):
+        if _matches(relative, source.globs):
             text = _read(path, source.max_bytes)
             yield Document(text, f"text:{folder.name}", source.licence, source.date, relative)
 
@@ -109,16 +216,83 @@ def _json_lines(source: JsonlSource) -> Iterator[Document]:
     place = _existing(source.path)
     files = [place] if place.is_file() else [path for path in _files(place) if path.suffix == ".jsonl"]
     for path in files:
-        for number, line in enumerate(_read(path, None).splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[source.field]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}: line {number} is no JSON object with {source.field!r} ({error!r})") from None
-            if not isinstance(text, str):
-                raise DataError(f"{path}: line {number}: {source.field!r} is {type(text).__name__}, not text")
+        for number, text in _lines(path, source.field):
             yield Document(text, f"jsonl:{path.name}", source.licence, source.date, f"{path.name}:{number:09d}")
+
+
+def _parquet(source: ParquetSource) -> Iterator[Document]:
+    place = _existing(source.path)
+    files = [place] if place.is_file() else [path for path in _files(place) if path.suffix == ".parquet"]
+    for path in files:
+        for number, text in _rows(path, source.field):
+            yield Document(text, f"parquet:{path.name}", source.licence, source.date, f"{path.name}:{number:09d}")
+
+
+def _hub(source: HubSource) -> Iterator[Document]:
+    folder = _snapshot(source)
+    for path in _files(folder):
+        relative = path.relative_to(folder).as_posix()
+        if path.suffix not in (".parquet", ".jsonl") or not _matches(relative, source.globs):
+            continue
+        read = _rows if path.suffix == ".parquet" else _lines
+        for number, text in read(path, source.field):
+            name = f"hub:{source.id}@{source.revision}"
+            yield Document(text, name, source.licence, source.date, f"{relative}:{number:09d}")
+
+
+def _snapshot(source: HubSource) -> Path:
+    """Where the hub's cache holds the data set."""
+    fetch = f"hf download --repo-type dataset {source.id} --revision {source.revision}"
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError:
+        raise DataError(
+            f"source {source.id!r}: data sets of the hub need huggingface_hub; run: pip install glasklar[hub,parquet]"
+        ) from None
+    try:
+        return Path(snapshot_download(source.id, repo_type="dataset", revision=source.revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise DataError(f"source {source.id!r}: its files are not on this machine; fetch them with: {fetch}") from None
+
+
+def _lines(path: Path, field: str) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of every line of a JSON lines file."""
+    for number, line in enumerate(_read(path, None).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[field]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: line {number} is no JSON object with {field!r} ({error!r})") from None
+        if not isinstance(text, str):
+            raise DataError(f"{path}: line {number}: {field!r} is {type(text).__name__}, not text")
+        yield number, text
+
+
+def _rows(path: Path, field: str) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of every row of a Parquet file; rows without text are left out."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: Parquet needs pyarrow; run: pip install glasklar[parquet]") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if field not in columns:
+                raise DataError(f"{path}: has no column {field!r}, only {', '.join(columns)}; name one as field")
+            kind = file.schema_arrow.field(field).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise DataError(f"{path}: column {field!r} is {kind}, not text")
+            for batch in file.iter_batches(columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if text is not None:
+                        yield number, text
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: no readable Parquet file ({error}); convert it or fetch it again") from None
 
 
 def _standard_library(source: StdlibSource) -> Iterator[Document]:
@@ -134,6 +308,11 @@ def _standard_library(source: StdlibSource) -> Iterator[Document]:
             except UnicodeDecodeError:
                 continue  # a handful of files declare another encoding to test the decoder
             yield Document(text, name, "PSF-2.0", "", relative.as_posix())
+
+
+def _matches(relative: str, globs: tuple[str, ...]) -> bool:
+    name = relative.rpartition("/")[2]
+    return any(fnmatch(name, glob) or fnmatch(relative, glob) for glob in globs)
 
 
 def _existing(path: str) -> Path:

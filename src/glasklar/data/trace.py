@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from glasklar.data.batches import PackedDocuments
+from glasklar.data.ngrams import ngram_hashes
 from glasklar.errors import CheckpointError, DataError, RequestError
 from glasklar.provenance.files import write_atomic
 
@@ -27,7 +28,6 @@ K, W = 8, 8
 SHORTEST = K + W - 1
 # Most places looked at for one fingerprint: boilerplate stands in thousands of documents, and some of them will do.
 MOST_PLACES = 64
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 Ids = NDArray[np.int32]
 
@@ -65,7 +65,7 @@ class TraceIndex:
             raise DataError(
                 f"{len(documents.ids)} tokens: one index holds {1 << 32} at most; index the corpus in parts"
             )
-        prints = _fingerprints(documents.ids)
+        prints = ngram_hashes(documents.ids, K)
         places = _winnow(prints)
         # Windows across the end of a document are no text of anybody; a match over them would be cut there anyway.
         places = places[np.searchsorted(documents.starts, places, "right") == np.searchsorted(
@@ -112,7 +112,7 @@ class TraceIndex:
         query = np.asarray(ids, np.int32)
         if len(query) < shortest:
             return []
-        prints = _fingerprints(query)
+        prints = ngram_hashes(query, K)
         found: dict[tuple[int, int], Span] = {}
         for at in _winnow(prints).tolist():
             # Boilerplate: what enough documents are known to hold needs no further ones.
@@ -151,25 +151,6 @@ class TraceIndex:
         return Span(start=at - before, stop=at + after, document=document, place=place - before - begin)
 
 
-def _fingerprints(ids: Ids) -> NDArray[np.uint64]:
-    """Of every window of K tokens: a polynomial hash, stirred so that its smallest values are spread evenly."""
-    count = len(ids) - K + 1
-    if count <= 0:
-        return np.zeros(0, np.uint64)
-    total = np.zeros(count, np.uint64)
-    for i in range(K):
-        total *= _MIX
-        total += ids[i : i + count].astype(np.uint64) + np.uint64(1)
-    return _stir(total)
-
-
-def _stir(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def _winnow(prints: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Places of the smallest fingerprint (the last of equal ones) of every W neighbours; of all, if there are fewer."""
     if len(prints) == 0:
@@ -191,7 +172,7 @@ def _bisect(flat: Ids, bucket: NDArray[np.int64], fingerprint: np.uint64) -> int
     while low < high:
         middle = (low + high) // 2
         at = int(bucket[middle])
-        if _fingerprints(flat[at : at + K])[0] < fingerprint:
+        if ngram_hashes(flat[at : at + K], K)[0] < fingerprint:
             low = middle + 1
         else:
             high = middle
