@@ -196,6 +196,21 @@ def verify(
 
 
 @app.command()
+def abandon(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="An unfinished run by folder or name")],
+    reason: Annotated[str, typer.Option(help="Why, for those who read its ledger")],
+) -> None:
+    """Record that nobody will go on with a run, and sign what there is: failed runs are part of the record."""
+    from glasklar.audit.seal import abandon as give_up
+    from glasklar.audit.verify import locate
+    from glasklar.provenance.signing import Signer
+
+    folder = locate(run, _home())
+    give_up(folder, reason, Signer.open(_home()))
+    out.print(f"{folder}: abandoned and signed; check it with: glasklar verify {run}")
+
+
+@app.command()
 def replay(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run by folder or name")],
     segment: Annotated[str | None, typer.Option(help="Number of a segment, or the checkpoint that ends it")] = None,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from glasklar.corpus import EVALUATION_SEED, Corpus, prepare
 from glasklar.data.procedural import Mixture
 from glasklar.engine.engine import Engine
-from glasklar.errors import GlasklarError
+from glasklar.errors import CheckpointError
 from glasklar.eval.answers import ask
 from glasklar.eval.network import expert_load, second_token_acceptance
 from glasklar.eval.tasks import Scores, evaluate_tasks, mean, table
@@ -23,7 +23,7 @@ from glasklar.model.transformer import Transformer
 from glasklar.provenance.energy import EnergyMeter
 from glasklar.provenance.environment import describe_environment
 from glasklar.provenance.hashing import sha256_file
-from glasklar.provenance.metrics import START
+from glasklar.provenance.metrics import START, read_metrics
 from glasklar.provenance.rundir import RunDir
 from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
 from glasklar.rl.doctor import NORMAL
@@ -56,6 +56,7 @@ class Pipeline:
         self.training = Training(recipe, runtime)
         self.model = self.training.model
         self.corpus: Corpus
+        self.segment: Segment | None = None
         self.seconds_before = 0.0
         self.started = time.monotonic()
 
@@ -64,7 +65,14 @@ class Pipeline:
         return self.training.position
 
     def execute(self) -> None:
-        """Runs all stages that are left and releases the model. Errors are recorded in the ledger and raised."""
+        """Runs all stages that are left and releases the model. What ends it early is recorded and raised.
+
+        Raises CheckpointError for a run that was abandoned.
+        """
+        if abandoned := self.run.ledger.of("abandoned"):
+            raise CheckpointError(
+                f"{self.run.path}: was abandoned ({abandoned[0].data['reason']}); start anew with another --run"
+            )
         if self.run.ledger.of("released"):
             self.reporter.note("this run is complete")
             return
@@ -75,8 +83,12 @@ class Pipeline:
             for index in range(self.position.stage, len(self.recipe.stages)):
                 self._stage(index)
             self._release()
-        except GlasklarError as error:
-            self.run.ledger.append("failed", {"error": str(error), "position": asdict(self.position)})
+        except KeyboardInterrupt:
+            self.run.ledger.append("stopped", self._end())
+            raise
+        except Exception as error:
+            kind = type(error).__name__
+            self.run.ledger.append("failed", {"error": str(error), "kind": kind, **self._end()})
             raise
 
     # --- beginning and going on -----------------------------------------------------------------------------------
@@ -95,9 +107,10 @@ class Pipeline:
                     **environment,
                 },
             )
-        elif newest is not None or self.run.ledger.of("checkpoint"):
+        else:
             machine = self.training.describe_machine()
-            ledger.append("resumed", {"checkpoint": newest.name if newest else None, "machine": machine})
+            name = newest.name if newest else None
+            ledger.append("resumed", {"checkpoint": name, "machine": machine, "lost": self._lost(newest)})
         self.reporter.note("reading the sources, training the tokenizer")
         self.corpus = prepare(self.recipe, self.run.path / "data", self.runtime.threads)
         if not ledger.of("data"):
@@ -112,11 +125,29 @@ class Pipeline:
 
     def _restore(self, folder: Path) -> None:
         self.training.restore(*load_state(folder))
-        digest = saved_hash(folder)
-        event = next(e for e in reversed(self.run.ledger.of("checkpoint")) if e.data["state_hash"] == digest)
-        self.run.metrics.cut(event.data["metrics"])
-        self.seconds_before = event.data["seconds_total"]
+        recorded = self._recorded(folder)
+        self.run.metrics.cut(recorded["metrics"])
+        self.seconds_before = recorded["seconds_total"]
         self.reporter.note(f"going on from {folder.name}")
+
+    def _recorded(self, folder: Path) -> dict[str, Any]:
+        """Data of the event of a kept checkpoint."""
+        digest = saved_hash(folder)
+        return next(e.data for e in reversed(self.run.ledger.of("checkpoint")) if e.data["state_hash"] == digest)
+
+    def _lost(self, newest: Path | None) -> dict[str, Any]:
+        """Steps done after the checkpoint that is gone on from, as the metrics show them, and their seconds."""
+        recorded: dict[str, Any] = {"metrics": START, "seconds_total": 0.0}
+        if newest is not None:
+            recorded = self._recorded(newest)
+        lines = read_metrics(self.run.metrics_file)[recorded["metrics"]["lines"] :]
+        seconds = lines[-1]["seconds"] - recorded["seconds_total"] if lines else 0.0
+        return {"steps": sum("stage" in line for line in lines), "seconds": round(seconds, 3)}
+
+    def _end(self) -> dict[str, Any]:
+        """Where a run ended early, and the work since the last checkpoint, if a stage was under way."""
+        lost = self.segment.lost() if self.segment is not None else None
+        return {"position": asdict(self.position), "lost": lost}
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -129,7 +160,7 @@ class Pipeline:
                 return
             self.training.enter(index)
         runner = self.training.runner(index, self.corpus, self.run.checkpoints)
-        segment = self._segment(stage)
+        segment = self._begin_segment(stage)
         for step in range(position.step, stage.steps):
             figures = self.training.advance(runner, index)
             self._report(segment.line(step + 1, position.tokens, figures, self.seconds))
@@ -138,7 +169,8 @@ class Pipeline:
                 self._watch(step + 1)
             if done or (step + 1) % stage.checkpoint_every == 0:
                 self._checkpoint(index, step + 1, segment)
-                segment = self._segment(stage)
+                segment = self._begin_segment(stage)
+        self.segment = None
         self._evaluate(index)
 
     def _ready(self, stage: RLStage) -> bool:
@@ -169,8 +201,9 @@ class Pipeline:
         """Wall clock of the whole run so far, earlier processes included."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def _segment(self, stage: AnyStage) -> Segment:
-        return Segment(stage, self.recipe, EnergyMeter(self.runtime.device).start())
+    def _begin_segment(self, stage: AnyStage) -> Segment:
+        self.segment = Segment(stage, self.recipe, EnergyMeter(self.runtime.device).start())
+        return self.segment
 
     def _report(self, line: dict[str, Any]) -> None:
         self.run.metrics.append(line)
@@ -179,6 +212,7 @@ class Pipeline:
     def _checkpoint(self, index: int, step: int, segment: Segment) -> None:
         folder = self.run.checkpoints / checkpoint_name(index, self.recipe.stages[index].kind, step)
         digest = save_state(folder, *self.training.state(index))
+        self.segment = None
         data = {"name": folder.name, **segment.close(step, digest, self.run.metrics.mark())}
         self.run.ledger.append("checkpoint", {**data, "seconds_total": self.seconds})
         prune(self.run.checkpoints, KEPT_CHECKPOINTS)

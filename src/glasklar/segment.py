@@ -19,7 +19,7 @@ class Segment:
     def __init__(self, stage: PretrainStage | SFTStage | RLStage, recipe: Recipe, meter: EnergyMeter) -> None:
         self.stage, self.recipe, self.meter = stage, recipe, meter
         self.began = self.before = time.monotonic()
-        self.flops = 0.0
+        self.steps, self.flops = 0, 0.0
         self.step_seconds: float | None = None
         self.last: dict[str, Any] = {}
         length = stage.rollout.length if isinstance(stage, RLStage) else stage.length
@@ -36,7 +36,7 @@ class Segment:
         self.step_seconds = took if old is None else SMOOTHING * old + (1 - SMOOTHING) * took
         sampled = figures.get("sampled_tokens", 0)
         self.flops += self.train_flops * figures["tokens"] + self.decode_flops * sampled
-        self.last = figures or self.last
+        self.steps, self.last = self.steps + 1, figures or self.last
         return {
             "stage": self.stage.kind,
             "step": step,
@@ -51,6 +51,7 @@ class Segment:
 
     def close(self, step: int, state_hash: str, mark: Any) -> dict[str, Any]:
         """Data of the checkpoint event that ends the segment."""
+        energy = self.meter.stop()
         return checkpoint_data(
             stage=self.stage.kind,
             step=step,
@@ -59,6 +60,18 @@ class Segment:
             gradient_norm=self.last.get("gradient_norm", 0.0),
             flops=self.flops,
             seconds=time.monotonic() - self.began,
-            energy=self.meter.stop().record(),
+            energy=energy.record(),
+            cost=energy.cost(),
             metrics=mark,
         )
+
+    def lost(self) -> dict[str, Any]:
+        """What was done in a segment that ends without a checkpoint, for the ledger."""
+        energy = self.meter.stop()
+        return {
+            "steps": self.steps,
+            "flops": self.flops,
+            "seconds": time.monotonic() - self.began,
+            "energy": energy.record(),
+            "cost": energy.cost(),
+        }

@@ -52,7 +52,8 @@ class Writer:
     def checkpoint(self, stage: str, step: int, seconds: float, flops: float) -> None:
         data = checkpoint_data(
             stage=stage, step=step, state_hash=f"{step:064x}", loss=1.0, gradient_norm=0.5, flops=flops,
-            seconds=seconds, energy={"joules": 10 * seconds, **ENERGY}, metrics=self.run.metrics.mark(),
+            seconds=seconds, energy={"joules": 10 * seconds, **ENERGY},
+            cost={"usd": 10 * seconds / 3.6e6 * 0.3, "usd_per_kwh": 0.3}, metrics=self.run.metrics.mark(),
         )  # fmt: skip
         self.run.ledger.append("checkpoint", data)
 

@@ -14,11 +14,13 @@ import pytest
 
 from conftest import SMOKE
 from glasklar import api
-from glasklar.audit.seal import MODEL_KIND, RUN_KIND, seal
+from glasklar.audit.findings import Findings
+from glasklar.audit.seal import MODEL_KIND, RUN_KIND, abandon, seal
 from glasklar.audit.verify import verify
-from glasklar.errors import CheckpointError, RecordError
+from glasklar.display import QuietReporter
+from glasklar.errors import CheckpointError, RecordError, RequestError
 from glasklar.provenance.hashing import canonical_json, sha256_file
-from glasklar.provenance.ledger import Event
+from glasklar.provenance.ledger import Event, read_ledger
 from glasklar.provenance.receipt import model_root
 from glasklar.provenance.rundir import ATTESTATION, RunDir
 from glasklar.provenance.signing import Signer, open_envelope, read_envelope
@@ -369,3 +371,87 @@ def test_private_key_is_the_owners_alone(tmp_path: Path) -> None:
     path.chmod(0o644)
     with pytest.raises(RecordError, match="chmod 600"):
         Signer.open(tmp_path)
+
+
+# --- runs that came to no good end ------------------------------------------------------------------------------------
+
+
+def course(found: Findings) -> str:
+    return next(entry.text for entry in found.entries if entry.subject == "course")
+
+
+class Breaks(QuietReporter):
+    """Fails at a step of a stage, as a full disk or a diverging loss would."""
+
+    def __init__(self, stage: str, step: int, error: BaseException) -> None:
+        self.stage_, self.step_, self.error = stage, step, error
+
+    def step(self, line: dict) -> None:
+        if (line["stage"], line["step"]) == (self.stage_, self.step_):
+            raise self.error
+
+
+@pytest.fixture(scope="module")
+def broken_run(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> Path:
+    """A run that failed in its fifth step and was stopped in its seventh: two interruptions, a step lost with each."""
+    home = tmp_path_factory.mktemp("broken")
+    for error, step in ((RuntimeError("loss is NaN"), 5), (KeyboardInterrupt(), 7)):
+        with pytest.raises(type(error)):
+            api.train(str(SMOKE), runtime=runtime, home=home, reporter=Breaks("pretrain", step, error))
+    return home / "runs" / "smoke"
+
+
+def test_failures_stand_in_the_ledger_with_what_they_cost(broken_run: Path) -> None:
+    events, _ = read_ledger(broken_run / "ledger.jsonl")
+    named = [event.event for event in events if event.event in ("failed", "stopped", "resumed", "checkpoint")]
+    assert named == ["checkpoint", "checkpoint", "failed", "resumed", "checkpoint", "stopped"]
+    failed, resumed, stopped = (
+        next(event.data for event in events if event.event == name) for name in ("failed", "resumed", "stopped")
+    )
+    assert (failed["kind"], failed["error"]) == ("RuntimeError", "loss is NaN")
+    assert failed["lost"]["steps"] == stopped["lost"]["steps"] == resumed["lost"]["steps"] == 1
+    assert failed["lost"]["flops"] > 0
+    assert failed["lost"]["energy"]["joules"] > 0
+    cost = events[-2].data["cost"]
+    assert cost["usd"] == pytest.approx(events[-2].data["energy"]["joules"] / 3.6e6 * cost["usd_per_kwh"])
+
+
+def test_verify_tells_the_course_and_nothing_counts_against_the_record(broken_run: Path, home: Path) -> None:
+    found = verify(broken_run, home=home)
+    assert found.verdict == "holds", found
+    for part in ("stopped by its owner", "failed: loss is NaN", "interrupted and resumed 1 time", "2 steps"):
+        assert part in course(found)
+    assert any(e.subject == ATTESTATION and e.verdict == "unchecked" for e in found.entries)
+
+
+def test_abandoned_run_is_signed_and_cannot_be_gone_on_with(broken_run: Path, tmp_path: Path, runtime: Runtime) -> None:
+    run = shutil.copytree(broken_run, tmp_path / "runs" / "smoke")
+    signer = Signer.open(tmp_path)
+    with pytest.raises(RequestError, match="why"):
+        abandon(run, " ", signer)
+    abandon(run, "the loss diverges", signer)
+    found = verify(run, home=tmp_path)
+    assert found.verdict == "holds", found
+    assert "abandoned: the loss diverges" in course(found)
+    with pytest.raises(CheckpointError, match="nothing to abandon"):
+        abandon(run, "again", signer)
+    with pytest.raises(CheckpointError, match=r"abandoned \(the loss diverges\).*another --run"):
+        api.train(str(SMOKE), runtime=runtime, home=tmp_path)
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_bytes(b"".join(line for line in lines if b'"failed"' not in line))
+    assert "ledger.jsonl" in {entry.subject for entry in verify(run, home=tmp_path).failures}
+
+
+def test_released_run_is_not_abandoned(run: Path, home: Path) -> None:
+    with pytest.raises(CheckpointError, match="was released on"):
+        abandon(run, "changed my mind", Signer.open(home))
+
+
+def test_run_of_another_code_holds_and_says_so(run: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert next(e for e in verify(run, home=home).entries if e.subject == "code").verdict == "holds"
+    monkeypatch.setattr("glasklar.audit.verify.files_hash", lambda: "00" * 32)
+    found = verify(run, home=home)
+    assert found.verdict == "holds"
+    said = next(e for e in found.entries if e.subject == "code")
+    assert said.verdict == "unchecked"
+    assert "the code here is another" in said.text

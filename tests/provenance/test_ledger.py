@@ -149,6 +149,7 @@ def test_checkpoint_data_keeps_floats_exact():
         flops=1e12,
         seconds=1.5,
         energy={"joules": 15.0, "source": "estimate"},
+        cost={"usd": 1e-6, "usd_per_kwh": 0.3},
         metrics={"lines": 3, "sha256": "00"},
     )
     assert float.fromhex(json.loads(json.dumps(data))["loss"]) == 1 / 3

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from glasklar.audit.blocks import Block, Heading, Items, Plot, to_html, to_markdown
+from glasklar.audit.blocks import Block, Heading, Items, Plot, Table, to_html, to_markdown
 from glasklar.audit.documents_cards import data_card, data_card_head, model_card, model_card_head
 from glasklar.audit.documents_formats import bom, mof, mof_class, mof_components
 from glasklar.audit.documents_legal import annex_xi, public_summary
 from glasklar.audit.documents_manifest import LANGUAGES, Say, manifest
 from glasklar.audit.facts import RunFacts
 from glasklar.audit.plots import plots
+from glasklar.audit.report import duration, flops
 from glasklar.provenance.files import write_atomic, writing
 from glasklar.provenance.rundir import RunDir, write_json
 
@@ -80,7 +81,30 @@ def page(facts: RunFacts, m: dict[str, Any], language: str) -> str:
                 + (", ".join(missing) or say("nothing", "nichts")),
             ]
         ),
-        Heading(say("— Plots —", "— Verläufe —")),
+        Heading(say("— Course and cost —", "— Verlauf und Kosten —")),
+        *course(m, say),
+        Heading(say("— Plots —", "— Kurven —")),
         *(Plot(plot.svg, plot.caption) for plot in plots(facts)),
     ]
     return to_html(f"{say('Dossier of', 'Dossier von')} {m['name']}", m["description"], blocks, language)
+
+
+def course(m: dict[str, Any], say: Say) -> list[Block]:
+    """What each segment cost, and how often and why the run ended early."""
+    segments, lost = m["training"]["segments"], m["lost"]
+    rows = [
+        [s["name"], flops(s["flop"]), duration(s["seconds"]), f"{s['kwh']:.6f}", f"{s['usd'] * 100:.3g}"]
+        for s in segments
+    ]
+    header = [say("up to", "bis"), "FLOP", say("time", "Zeit"), "kWh", say("US cents", "US-Cent")]
+    caption = say(
+        "From one recorded state to the next; electricity alone, at the price that the ledger names",
+        "Von einem festgehaltenen Zustand zum nächsten; nur der Strom, zum Preis, den das Protokoll nennt",
+    )
+    early = [
+        say("Interrupted and resumed: ", "Unterbrochen und fortgesetzt: ") + f"{m['interrupted']}×",
+        say("Steps lost with it, or done again: ", "Dabei verlorene oder wiederholte Schritte: ")
+        + f"{lost['steps']:,} ({duration(lost['seconds'])})",
+        *m["ended_early"],
+    ]
+    return [Table(header, rows, caption), Items(early)]

@@ -8,7 +8,7 @@ from typing import Any
 from glasklar.audit.facts import RunFacts, unique
 from glasklar.model.config import ModelConfig
 from glasklar.model.cost import cache_bytes_per_token, count_parameters
-from glasklar.provenance.energy import JOULES_PER_KWH
+from glasklar.provenance.energy import JOULES_PER_KWH, USD_PER_KWH
 
 # (English, German) -> the one that is wanted.
 Say = Callable[[str, str], str]
@@ -45,7 +45,8 @@ def manifest(facts: RunFacts) -> dict[str, Any]:
         "files": released["files"],
         "ledger": {"head": facts.events[-1].hash, "events": len(facts.events)},
         "interrupted": len(facts.of("resumed")),
-        "failed": [data["error"] for data in facts.of("failed")],
+        "ended_early": facts.ends(),
+        "lost": dict(zip(("steps", "seconds"), facts.lost, strict=True)),
     }
 
 
@@ -78,7 +79,7 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
     licences = {"tasks": "CC0-1.0", "stdlib": "PSF-2.0"}
     return {
         "kind": kind,
-        "name": names.get(kind) or str(source.get("path") or source.get("name") or kind),
+        "name": names.get(kind) or str(source.get("id") or source.get("path") or kind),
         "licence": licences.get(kind) or source.get("licence", "unknown"),
         "date": source.get("date", ""),
         "synthetic": kind == "tasks",
@@ -101,6 +102,7 @@ def _training(facts: RunFacts) -> dict[str, Any]:
             }
             for cost in costs
         ],
+        "segments": [_segment(segment) for segment in facts.of("checkpoint")],
         "flop": flops,
         "seconds": facts.seconds,
         "kwh": joules / JOULES_PER_KWH,
@@ -110,6 +112,20 @@ def _training(facts: RunFacts) -> dict[str, Any]:
         "energy_coverage": min((energy["coverage"] for energy in energies), default=0.0),
         "share_of_general_purpose": flops / GENERAL_PURPOSE_FLOP,
         "share_of_systemic_risk": flops / SYSTEMIC_RISK_FLOP,
+    }
+
+
+def _segment(data: dict[str, Any]) -> dict[str, Any]:
+    """Work, time, energy and cost from one recorded state to the next; in records without costs they follow."""
+    kwh = data["energy"]["joules"] / JOULES_PER_KWH
+    return {
+        "name": data.get("name", f"{data['stage']} {data['step']}"),
+        "flop": data["flops"],
+        "seconds": data["seconds"],
+        "kwh": kwh,
+        "usd": data["cost"]["usd"] if "cost" in data else kwh * USD_PER_KWH,
+        "energy_source": data["energy"]["source"],
+        "energy_coverage": data["energy"]["coverage"],
     }
 
 

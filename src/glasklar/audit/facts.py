@@ -9,12 +9,11 @@ from statistics import fmean
 from typing import Any, Self
 
 from glasklar.errors import CheckpointError
-from glasklar.provenance.energy import JOULES_PER_KWH
+from glasklar.provenance.energy import JOULES_PER_KWH, USD_PER_KWH
 from glasklar.provenance.ledger import Event, read_ledger
 from glasklar.provenance.metrics import read_metrics
 from glasklar.provenance.rundir import RunDir
 
-USD_PER_KWH = 0.30  # as in `glasklar plan`; electricity only
 BASELINES = "baselines.json"
 
 
@@ -64,7 +63,25 @@ class RunFacts:
     def state(self) -> str:
         if self.of("released"):
             return "finished, model released"
-        return "failed" if self.events and self.events[-1].event == "failed" else "unfinished"
+        ends = {"failed": "failed", "stopped": "stopped by its owner", "abandoned": "abandoned"}
+        return ends.get(self.events[-1].event, "unfinished") if self.events else "unfinished"
+
+    @property
+    def lost(self) -> tuple[int, float]:
+        """Steps and seconds of work that no checkpoint holds: done again after an interruption, or not at all."""
+        gaps = [data["lost"] for data in self.of("resumed") if "lost" in data]
+        last = self.events[-1].data.get("lost") if self.events else None
+        gaps += [last] if last is not None and self.events[-1].event != "resumed" else []
+        return sum(gap["steps"] for gap in gaps), sum(gap["seconds"] for gap in gaps)
+
+    def ends(self) -> list[str]:
+        """How the run ended early, each time, in a sentence."""
+        said = {
+            "failed": lambda data: f"failed: {data['error']}",
+            "stopped": lambda data: "stopped by its owner",
+            "abandoned": lambda data: f"abandoned: {data['reason']}",
+        }
+        return [f"{event.time}: {said[event.event](event.data)}" for event in self.events if event.event in said]
 
     @property
     def seconds(self) -> float:

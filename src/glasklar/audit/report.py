@@ -305,7 +305,10 @@ def _origin(facts: RunFacts) -> list[str]:
         lines.append(f"Last of {len(checkpoints)} recorded states: {checkpoints[-1]['state_hash']}")
     if resumed := len(facts.of("resumed")):
         lines.append(f"Interrupted and resumed: {resumed} time{'s' if resumed > 1 else ''}")
-    lines += [f"Failed: {data.get('error')}" for data in facts.of("failed")]
+    lines += [f"Ended early, {end}" for end in facts.ends()]
+    steps, seconds = facts.lost
+    if steps:
+        lines.append(f"Work lost with it, or done again: {steps} steps, {duration(seconds)}")
     if facts.baselines:
         lines.append(f"Baselines: {BASELINES} in the run folder; they are not part of the ledger")
     if facts.events:

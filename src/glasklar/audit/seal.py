@@ -1,4 +1,4 @@
-"""Sealing a finished run: signed statements over every file of it, and over the released model by itself.
+"""Sealing a run that has come to its end: signed statements over all its files, and over the released model by itself.
 
 RUN/attestation.json          all files of the run, the head of its ledger, what it was made from
 RUN/model/attestation.json    the files of the model's folder, so that it can be checked where it was copied to
@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from glasklar.errors import RecordError
+from glasklar.errors import CheckpointError, RecordError, RequestError
 from glasklar.provenance.files import write_atomic
 from glasklar.provenance.hashing import canonical_json, sha256_file
 from glasklar.provenance.ledger import Event, read_ledger
@@ -23,26 +23,50 @@ RUN_KIND, MODEL_KIND = "urn:x-glasklar:run:v1", "urn:x-glasklar:model:v1"
 
 
 def seal(run: RunDir, signer: Signer) -> None:
-    """Signs a released run; one that is not released yet is left alone. Raises RecordError for links in the folder."""
+    """Signs a run that has come to its end, released or abandoned; others are left alone, for they will grow.
+
+    Raises RecordError for links in the folder.
+    """
     events, _ = read_ledger(run.ledger_file)
-    if not any(event.event == "released" for event in events):
+    ended = {event.event for event in events} & {"released", "abandoned"}
+    if not ended:
         return
     made_from = origin(events)
-    model = {"model_root": model_root(run.model), "ledger_head": events[-1].hash, **made_from}
-    _write(run.model / ATTESTATION, signer.sign(MODEL_KIND, file_hashes(run.model), model))
+    if "released" in ended:
+        model = {"model_root": model_root(run.model), "ledger_head": events[-1].hash, **made_from}
+        _write(run.model / ATTESTATION, signer.sign(MODEL_KIND, file_hashes(run.model), model))
     facts = {"ledger": {"head": events[-1].hash, "events": len(events)}, **made_from}
     _write(run.attestation_file, signer.sign(RUN_KIND, file_hashes(run.path), facts))
 
 
+def abandon(path: Path, reason: str, signer: Signer) -> None:
+    """Writes into a run's ledger that nobody will go on with it, and why; then signs what there is.
+
+    Raises CheckpointError where this is no run, it is in use, or it is released or abandoned already; RequestError
+    without a reason.
+    """
+    if not reason.strip():
+        raise RequestError("reason = '': say why the run is abandoned, for those who read its ledger")
+    run = RunDir(path)
+    canonical, written = canonical_json(run.recipe()).decode(), run.recipe_file.read_text(encoding="utf-8")
+    with RunDir.create_or_open(path, canonical, written) as opened:
+        ended = next((e for e in opened.ledger.events if e.event in ("released", "abandoned")), None)
+        if ended is not None:
+            raise CheckpointError(f"{path}: was {ended.event} on {ended.time}; there is nothing to abandon")
+        opened.ledger.append("abandoned", {"reason": reason})
+        seal(opened, signer)
+
+
 def origin(events: list[Event]) -> dict[str, Any]:
-    """What a model was made from, as its ledger says: recipe, data, tokenizer, code, last state."""
+    """What a run was made from, as its ledger says: recipe, data, tokenizer, code, last state. None for what an
+    abandoned run did not come to."""
     of = {event.event: event.data for event in events}
     return {
         "recipe": of["run"]["recipe"],
-        "data_root": of["data"]["root"],
-        "tokenizer": of["tokenizer"]["hash"],
+        "data_root": of.get("data", {}).get("root"),
+        "tokenizer": of.get("tokenizer", {}).get("hash"),
         "code": of["run"]["code"],
-        "state": of["checkpoint"]["state_hash"],
+        "state": of.get("checkpoint", {}).get("state_hash"),
     }
 
 

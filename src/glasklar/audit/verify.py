@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from glasklar.audit.facts import RunFacts
 from glasklar.audit.findings import Findings
 from glasklar.audit.receipt import verify_receipt
 from glasklar.audit.seal import MODEL_KIND, RUN_KIND, file_hashes, origin
 from glasklar.audit.verify_contents import check_contents
 from glasklar.audit.verify_replays import check_replays
 from glasklar.errors import CheckpointError, RecordError
+from glasklar.provenance.environment import files_hash
 from glasklar.provenance.ledger import Event, read_ledger
 from glasklar.provenance.receipt import model_root
 from glasklar.provenance.rundir import ATTESTATION, RunDir
@@ -63,22 +65,53 @@ def verify(
 def _verify_run(run: RunDir, home: Path, key: str | None, head: str | None) -> Findings:
     found = Findings(str(run.path), "run")
     events = _chain(run, found, head)
-    released = any(event.event == "released" for event in events)
+    ended = any(event.event in ("released", "abandoned") for event in events)
     if run.attestation_file.is_file():
         found.guard(ATTESTATION, lambda: _run_statement(run, events, found, home, key))
-    elif released:
+    elif ended:
         found.fails(
             ATTESTATION,
-            "missing: the run is finished, but nobody vouches for its files; its maker signs it with "
-            f"`glasklar train {run.recipe_file.name} --run …`",
+            "missing: the run has come to its end, but nobody vouches for its files; its maker signs a released one "
+            f"with `glasklar train {run.recipe_file.name} --run …`",
         )
     else:
         found.unchecked(ATTESTATION, "the run is not finished and therefore not signed yet")
     if events:
+        found.guard("course", lambda: _course(run, found))
+        found.guard("code", lambda: _code(events, found))
         check_contents(run, events, found)
         check_replays(run, events, found)
     _lock(run, found)
     return found
+
+
+def _course(run: RunDir, found: Findings) -> None:
+    """How the run went, failures and interruptions included: nothing of it counts against the record."""
+    facts = RunFacts.read(run)
+    steps, seconds = facts.lost
+    resumed = len(facts.of("resumed"))
+    parts = [facts.state, *facts.ends()]
+    if resumed:
+        parts.append(f"interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}")
+    if steps:
+        parts.append(f"{steps} steps ({seconds:.0f} s) after the last checkpoint were lost or done again")
+    found.holds("course", "; ".join(parts))
+
+
+def _code(events: list[Event], found: Findings) -> None:
+    """Whether the code that made the run is the one that checks it. Other code is no fault; it has to be known."""
+    there, here = next(event.data["code"] for event in events if event.event == "run"), files_hash()
+    git = there.get("git") or {}
+    commit = f", commit {git['commit']}{' with changes' if git['dirty'] else ''}" if git else ""
+    made_by = f"made by glasklar {there['version']}{commit}, files {there['files'][:16]}…"
+    if there["files"] == here:
+        found.holds("code", f"{made_by}: the code that runs here")
+    else:
+        found.unchecked(
+            "code",
+            f"{made_by}; the code here is another, {here[:16]}…: hashes and signatures are checked all the "
+            "same, but for a replay to the bit take the code of that commit",
+        )
 
 
 def _chain(run: RunDir, found: Findings, head: str | None) -> list[Event]:

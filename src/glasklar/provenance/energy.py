@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 # at the plug; laptop cores take 3 to 6 W).
 WATTS_PER_CORE = 10.0
 JOULES_PER_KWH = 3.6e6
+USD_PER_KWH = 0.30  # as in `glasklar plan`: electricity alone
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -34,6 +35,10 @@ class Energy:
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
+
+    def cost(self) -> dict[str, float]:
+        """What the electricity cost, and at which price."""
+        return {"usd": self.joules / JOULES_PER_KWH * USD_PER_KWH, "usd_per_kwh": USD_PER_KWH}
 
 
 class Counter(Protocol):

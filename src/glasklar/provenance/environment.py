@@ -50,7 +50,7 @@ def code_identity(root: Path = _ROOT) -> dict[str, Any]:
     return {"version": _version(PACKAGE), "files": files_hash(root), "git": _git_identity(root)}
 
 
-def files_hash(root: Path) -> str:
+def files_hash(root: Path = _ROOT) -> str:
     """SHA-256 over the names and contents of all files below `root`, byte code and build results aside."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*"), key=lambda path: path.relative_to(root).as_posix()):

@@ -31,7 +31,9 @@ EventName = Literal[
     "evaluation",
     "released",
     "resumed",  # from which checkpoint; what was recorded after it stays above and is done again
-    "failed",
+    "failed",  # an error ended the run: which, where, and the work since the last checkpoint
+    "stopped",  # its owner did, with Ctrl-C
+    "abandoned",  # nobody will go on with it, and why; the last line of such a run
     "repaired",  # a line that a crash had cut short was taken out
 ]
 GENESIS = "0" * 64
@@ -76,12 +78,13 @@ def checkpoint_data(
     flops: float,
     seconds: float,
     energy: dict[str, Any],
+    cost: dict[str, float],
     metrics: dict[str, Any],
 ) -> dict[str, Any]:
     """Data of a `checkpoint` event.
 
-    flops, seconds, energy    of the segment since the checkpoint before (`Energy.record()` for the last)
-    metrics                   `Metrics.mark()`: binds the figures of every step to the chain
+    flops, seconds, energy, cost   of the segment since the checkpoint before (`Energy.record()`, `Energy.cost()`)
+    metrics                        `Metrics.mark()`: binds the figures of every step to the chain
     """
     return {
         "stage": stage,
@@ -92,6 +95,7 @@ def checkpoint_data(
         "flops": flops,
         "seconds": seconds,
         "energy": energy,
+        "cost": cost,
         "metrics": metrics,
     }
 
