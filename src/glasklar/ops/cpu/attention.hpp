@@ -21,28 +21,64 @@ struct AttentionShape {
     int64_t B, H, G, T, S, K, V;
 };
 
-constexpr int QUERY_BLOCK = 24;  // a multiple of every tile_rows()
+constexpr int QUERY_BLOCK = 24;                 // a multiple of every tile_rows()
+constexpr int QUERIES_TOGETHER = 11 * QUERY_BLOCK;  // rows whose weights the backward pass keeps at a time
+constexpr int KEY_BLOCK = 48;                   // keys whose gradients are summed over the same rows
 
-// First and last-plus-one key that a query may see. The mask is the same for all heads, so it is read once before them.
+// What a query sees: keys [from, to) hold all that are visible, and `clear` says that the mask is zero throughout. The
+// mask is the same for all heads, so it is read once before them.
 struct Span {
-    int32_t from, to;
+    int32_t from, to, clear;
 };
 
 template <class T>
-const Span* visible_spans(const AttentionShape& s, const T* mask, int threads) {
-    Span* spans = Scratch::get<Span>(13, s.B * s.T);
+void find_spans(int64_t rows, int64_t keys, const T* mask, Span* spans, int threads) {
+    constexpr float NEVER = -std::numeric_limits<float>::infinity();
 #pragma omp parallel for num_threads(threads)
-    for (int64_t t = 0; t < s.B * s.T; ++t) {
-        const T* row = mask + t * s.S;
-        int32_t from = 0, to = int32_t(s.S);
-        while (from < to && value(row[from]) == -std::numeric_limits<float>::infinity()) ++from;
-        while (to > from && value(row[to - 1]) == -std::numeric_limits<float>::infinity()) --to;
-        spans[t] = {from, to};
+    for (int64_t t = 0; t < rows; ++t) {
+        const T* row = mask + t * keys;
+        auto hidden = [&](int i) { return value(row[i]) == NEVER; };
+        auto all_hidden = [&](int i) { return largest(load(row + i)) == NEVER; };
+        int from = 0, to = int(keys);
+        while (from + LANES <= to && all_hidden(from)) from += LANES;
+        while (from < to && hidden(from)) ++from;
+        while (to - LANES >= from && all_hidden(to - LANES)) to -= LANES;
+        while (to > from && hidden(to - 1)) --to;
+        Floats most{};
+        each_vector(to - from, [&](int i, int n) {
+            Floats x = take(row + from + i, n);
+            most = larger(most, larger(x, -x));
+        });
+        spans[t] = {from, to, largest(most) == 0.0f};
     }
-    return spans;
 }
 
-// What one thread needs for one (sequence, key/value head). Query rows of a group's heads stand one after another.
+// Some rows of a group, whose heads' queries stand one after another: where each stands, and the keys that they see.
+struct QueryBlock {
+    QueryBlock(const AttentionShape& s, const Span* spans, int64_t b, int64_t g, int first, int count)
+        : first(first), count(count) {
+        int low = int(s.S), high = 0;
+        clear_from = 0, clear_to = int(s.S);
+        for (int m = 0; m < count; ++m) {
+            head[m] = g * (s.H / s.G) + (first + m) / int(s.T);
+            position[m] = (first + m) % int(s.T);
+            const Span& span = spans[b * s.T + position[m]];
+            low = std::min(low, int(span.from));
+            high = std::max(high, int(span.to));
+            clear_from = std::max(clear_from, span.clear ? int(span.from) : int(s.S));
+            clear_to = std::min(clear_to, int(span.to));
+        }
+        from = std::min(low, high) / LANES * LANES;
+        to = round_up(high, LANES);
+    }
+
+    int first, count;
+    int from, to;              // keys that any of the rows sees, in whole vectors
+    int clear_from, clear_to;  // keys that all of them see, with nothing added to their scores
+    int64_t head[QUERY_BLOCK], position[QUERY_BLOCK];
+};
+
+// What one thread needs for one (sequence, key/value head).
 template <class T>
 struct AttentionWork {
     using U = Unit<T>;
@@ -61,39 +97,46 @@ struct AttentionWork {
         keys_across.transpose(int(s.S), int(s.K), [&](int i) { return this->k.row(b, g, i); });
     }
 
-    int64_t head(int row) const { return g * (s.H / s.G) + row / s.T; }
-    int64_t position(int row) const { return row % s.T; }
-    const T* mask_row(int row) const { return mask + (b * s.T + position(row)) * s.S; }
-
-    // Keys that any of the block's rows may see, in whole vectors.
-    void find_range(int first_row, int count) {
-        int low = int(s.S), high = 0;
-        for (int m = 0; m < count; ++m) {
-            const Span& span = spans[b * s.T + position(first_row + m)];
-            low = std::min(low, int(span.from));
-            high = std::max(high, int(span.to));
-        }
-        from = std::min(low, high) / LANES * LANES;
-        to = round_up(high, LANES);
+    QueryBlock block(int first, int last) const {
+        return QueryBlock(s, spans, b, g, first, std::min(QUERY_BLOCK, last - first));
     }
 
-    void copy_rows(Element* out, int width, int numbers, const Heads<const T>& source, int first_row, int count) {
-        for (int m = 0; m < count; ++m) {
-            const T* row = source.row(b, head(first_row + m), position(first_row + m));
-            each_vector(numbers, [&](int i, int n) { store(out + m * width + i, take(row + i, n)); });
+    const T* row(const Heads<const T>& source, const QueryBlock& block, int m) const {
+        return source.row(b, block.head[m], block.position[m]);
+    }
+
+    static LeftSide<unit> left(const Element* data, int width) {
+        return {reinterpret_cast<const unit*>(data), width / U::size, 1};
+    }
+
+    void copy_rows(Element* out, int width, int numbers, const Heads<const T>& source, const QueryBlock& block) const {
+        for (int m = 0; m < block.count; ++m) {
+            const T* from = row(source, block, m);
+            each_vector(numbers, [&](int i, int n) { store(out + m * width + i, take(from + i, n)); });
         }
     }
 
     // handle(row in block, key, scaled and masked scores of LANES keys)
     template <class Handle>
-    void each_score(int first_row, int count, Handle handle) {
-        copy_rows(queries, k_width, int(s.K), q, first_row, count);
-        auto left = [&](int m) { return reinterpret_cast<const unit*>(queries + m * k_width); };
-        product<T>(count, left, 1, keys_across, from, to, 0, keys_across.depth, [&](int m, int n, Floats sums) {
-            Floats added = take(mask_row(first_row + m) + n, std::min(LANES, int(s.S) - n),
-                                -std::numeric_limits<float>::infinity());
-            handle(m, n, sums * scale + added);
-        });
+    void each_score(const QueryBlock& block, Handle handle) const {
+        copy_rows(queries, k_width, int(s.K), q, block);
+        const T* added[QUERY_BLOCK];
+        for (int m = 0; m < block.count; ++m) added[m] = mask + (b * s.T + block.position[m]) * s.S;
+        auto part = [&](int from, int to, auto masked) {
+            product<T>(block.count, left(queries, k_width), keys_across, from, to, 0, keys_across.depth,
+                       [&](int m, int n, Floats sums) {
+                           Floats x = sums * scale;
+                           if (masked)
+                               x += take(added[m] + n, std::min(LANES, int(s.S) - n),
+                                         -std::numeric_limits<float>::infinity());
+                           handle(m, n, x);
+                       });
+        };
+        const int from = std::min(round_up(block.clear_from, LANES), block.to);
+        const int to = std::max(block.clear_to / LANES * LANES, from);
+        part(block.from, from, std::true_type());
+        part(from, to, std::false_type());
+        part(to, block.to, std::true_type());
     }
 
     const AttentionShape& s;
@@ -103,7 +146,6 @@ struct AttentionWork {
     float scale;
     int64_t b, g;
     int rows, keys, k_width, v_width;
-    int from = 0, to = 0;
     Packed<T> keys_across;
     float* scores;
     Element* weights;
@@ -113,121 +155,168 @@ struct AttentionWork {
 template <class T>
 void attention_forward_item(AttentionWork<T> work, Heads<T> out, float* log_sums) {
     using unit = typename Unit<T>::type;
+    constexpr int size = Packed<T>::size;
     const AttentionShape& s = work.s;
     Packed<T> values(Scratch::get<unit>(4, Packed<T>::units(work.keys, int(s.V))), work.keys, int(s.V));
     values.stack(int(s.S), int(s.V), [&](int i) { return work.v.row(work.b, work.g, i); });
     for (int r = 0; r < work.rows; r += QUERY_BLOCK) {
-        int count = std::min(QUERY_BLOCK, work.rows - r);
+        const QueryBlock block = work.block(r, work.rows);
+        T* results[QUERY_BLOCK];
         float inverse[QUERY_BLOCK];
-        work.find_range(r, count);
-        work.each_score(r, count, [&](int m, int n, Floats x) { store(work.scores + m * work.keys + n, x); });
-        for (int m = 0; m < count; ++m) {
+        work.each_score(block, [&](int m, int n, Floats x) { store(work.scores + m * work.keys + n, x); });
+        for (int m = 0; m < block.count; ++m) {
             const float* row = work.scores + m * work.keys;
             Floats top = spread(-std::numeric_limits<float>::infinity()), total{};
-            for (int n = work.from; n < work.to; n += LANES) top = larger(top, load(row + n));
-            float peak = largest(top);
-            for (int n = work.from; n < work.to; n += LANES) {
+            for (int n = block.from; n < block.to; n += LANES) top = larger(top, load(row + n));
+            const float peak = largest(top);
+            for (int n = block.from; n < block.to; n += LANES) {
                 Floats e = exp(load(row + n) - peak);
                 total += e;
                 store(work.weights + m * work.keys + n, e);
             }
-            inverse[m] = 1.0f / sum(total);
-            if (log_sums) log_sums[(work.b * s.H + work.head(r + m)) * s.T + work.position(r + m)] = peak + std::log(sum(total));
+            const float mass = sum(total);
+            inverse[m] = 1.0f / mass;
+            results[m] = out.row(work.b, block.head[m], block.position[m]);
+            if (log_sums) log_sums[(work.b * s.H + block.head[m]) * s.T + block.position[m]] = peak + std::log(mass);
         }
-        constexpr int size = Packed<T>::size;
-        auto left = [&](int m) { return reinterpret_cast<const unit*>(work.weights + m * work.keys + work.from); };
-        product<T>(count, left, 1, values, 0, values.columns, work.from / size, work.to / size,
-                   [&](int m, int n, Floats sums) {
-                       T* row = out.row(work.b, work.head(r + m), work.position(r + m));
-                       give(row + n, sums * inverse[m], std::min(LANES, int(s.V) - n));
+        product<T>(block.count, work.left(work.weights + block.from, work.keys), values, 0, values.columns,
+                   block.from / size, block.to / size, [&](int m, int n, Floats sums) {
+                       give(results[m] + n, sums * inverse[m], std::min(LANES, int(s.V) - n));
                    });
     }
 }
 
-// Gradients of one (sequence, key/value head): sums over queries are kept in fp32 until all queries are done.
+// Gradients of one (sequence, key/value head). Weights and score gradients of QUERIES_TOGETHER rows are kept in pairs of
+// rows, so that the sums over queries for keys and values are products too; they gather in fp32 until all rows are done.
 template <class T>
-void attention_backward_item(AttentionWork<T> work, Heads<const T> out, Heads<const T> grad, const float* log_sums,
-                             Heads<T> grad_q, Heads<T> grad_k, Heads<T> grad_v) {
+class AttentionBackward {
     using unit = typename Unit<T>::type;
     using Element = typename AttentionWork<T>::Element;
-    constexpr int size = Packed<T>::size;
-    const AttentionShape& s = work.s;
-    const int keys = work.keys, K = int(s.K), V = int(s.V), k_width = work.k_width, v_width = work.v_width;
-    auto key_row = [&](int i) { return work.k.row(work.b, work.g, i); };
-    auto value_row = [&](int i) { return work.v.row(work.b, work.g, i); };
+    static constexpr int size = Packed<T>::size;
 
-    Packed<T> values_across(Scratch::get<unit>(4, Packed<T>::units(V, keys)), V, keys);
-    values_across.transpose(int(s.S), V, value_row);
-    Packed<T> keys_down(Scratch::get<unit>(5, Packed<T>::units(keys, K)), keys, K);
-    keys_down.stack(int(s.S), K, key_row);
-    float* sum_k = Scratch::get<float>(6, std::size_t(keys) * k_width);
-    float* sum_v = Scratch::get<float>(7, std::size_t(keys) * v_width);
-    std::fill(sum_k, sum_k + std::size_t(keys) * k_width, 0.0f);
-    std::fill(sum_v, sum_v + std::size_t(keys) * v_width, 0.0f);
-    Element* grads = Scratch::get<Element>(8, std::size_t(QUERY_BLOCK) * v_width);
-    float* grad_scores = Scratch::get<float>(9, std::size_t(QUERY_BLOCK) * keys);
-    unit* paired_weights = Scratch::get<unit>(10, std::size_t(QUERY_BLOCK) * keys);
-    unit* paired_scores = Scratch::get<unit>(11, std::size_t(QUERY_BLOCK) * keys);
-    unit* block_memory = Scratch::get<unit>(12, Packed<T>::units(QUERY_BLOCK, std::max(K, V)));
+   public:
+    AttentionBackward(AttentionWork<T> work, Heads<const T> out, Heads<const T> grad, const float* log_sums)
+        : work(work), s(work.s), out(out), grad(grad), log_sums(log_sums), keys(work.keys), K(int(s.K)), V(int(s.V)),
+          values_across(Scratch::get<unit>(4, Packed<T>::units(V, keys)), V, keys),
+          keys_down(Scratch::get<unit>(5, Packed<T>::units(keys, K)), keys, K),
+          sum_k(Scratch::get<float>(6, std::size_t(keys) * work.k_width)),
+          sum_v(Scratch::get<float>(7, std::size_t(keys) * work.v_width)),
+          grads(Scratch::get<Element>(8, std::size_t(QUERY_BLOCK) * work.v_width)),
+          grad_scores(Scratch::get<float>(9, std::size_t(QUERY_BLOCK) * keys)),
+          paired_weights(Scratch::get<unit>(10, std::size_t(QUERIES_TOGETHER) * keys)),
+          paired_scores(Scratch::get<unit>(11, std::size_t(QUERIES_TOGETHER) * keys)),
+          stacked(Scratch::get<unit>(12, Packed<T>::units(QUERIES_TOGETHER, std::max(K, V)))) {
+        values_across.transpose(int(s.S), V, [&](int i) { return this->work.v.row(this->work.b, this->work.g, i); });
+        keys_down.stack(int(s.S), K, [&](int i) { return this->work.k.row(this->work.b, this->work.g, i); });
+        std::fill(sum_k, sum_k + std::size_t(keys) * work.k_width, 0.0f);
+        std::fill(sum_v, sum_v + std::size_t(keys) * work.v_width, 0.0f);
+    }
 
-    for (int r = 0; r < work.rows; r += QUERY_BLOCK) {
-        const int count = std::min(QUERY_BLOCK, work.rows - r);
+    void run(Heads<T> grad_q, Heads<T> grad_k, Heads<T> grad_v) {
+        for (int r = 0; r < work.rows; r += QUERIES_TOGETHER) {
+            const int last = std::min(r + QUERIES_TOGETHER, work.rows);
+            for (int i = r; i < last; i += QUERY_BLOCK) {
+                const QueryBlock block = work.block(i, last);
+                make_scores(block);
+                pair_rows(block, (i - r) / size);
+                ranges[(i - r) / QUERY_BLOCK] = {block.from, block.to, 0};
+                T* results[QUERY_BLOCK];
+                for (int m = 0; m < block.count; ++m) results[m] = grad_q.row(work.b, block.head[m], block.position[m]);
+                product<T>(block.count, work.left(work.weights + block.from, keys), keys_down, 0, work.k_width,
+                           block.from / size, block.to / size, [&](int m, int n, Floats sums) {
+                               give(results[m] + n, sums, std::min(LANES, K - n));
+                           });
+            }
+            add_over_rows(paired_weights, grad, V, r, last, sum_v);
+            add_over_rows(paired_scores, work.q, K, r, last, sum_k);
+        }
+        for (int i = 0; i < int(s.S); ++i) {
+            write_row(sum_k + i * work.k_width, K, grad_k.row(work.b, work.g, i));
+            write_row(sum_v + i * work.v_width, V, grad_v.row(work.b, work.g, i));
+        }
+    }
+
+   private:
+    // Weights into `scores`, gradients of the scores into `grad_scores` and, as elements, into `work.weights`.
+    void make_scores(const QueryBlock& block) {
         float log_sum[QUERY_BLOCK], delta[QUERY_BLOCK];
-        auto at = [&](auto& heads, int m) { return heads.row(work.b, work.head(r + m), work.position(r + m)); };
-        for (int m = 0; m < count; ++m) {
-            log_sum[m] = log_sums[(work.b * s.H + work.head(r + m)) * s.T + work.position(r + m)];
+        for (int m = 0; m < block.count; ++m) {
+            const T *result = work.row(out, block, m), *g = work.row(grad, block, m);
+            log_sum[m] = log_sums[(work.b * s.H + block.head[m]) * s.T + block.position[m]];
             Floats dot{};
-            each_vector(V, [&](int i, int n) { dot += take(at(out, m) + i, n) * take(at(grad, m) + i, n); });
+            each_vector(V, [&](int i, int n) { dot += take(result + i, n) * take(g + i, n); });
             delta[m] = sum(dot);
         }
-        work.find_range(r, count);
-        const int from = work.from, to = work.to;
-        work.each_score(r, count, [&](int m, int n, Floats x) {
-            store(work.scores + m * keys + n, exp(x - log_sum[m]));
+        work.each_score(block, [&](int m, int n, Floats x) { store(work.scores + m * keys + n, exp(x - log_sum[m])); });
+        work.copy_rows(grads, work.v_width, V, grad, block);
+        product<T>(block.count, work.left(grads, work.v_width), values_across, block.from, block.to, 0,
+                   values_across.depth, [&](int m, int n, Floats sums) {
+                       Floats x = load(work.scores + m * keys + n) * (sums - delta[m]) * work.scale;
+                       store(grad_scores + m * keys + n, x);
+                       store(work.weights + m * keys + n, x);
+                   });
+    }
+
+    void pair_rows(const QueryBlock& block, int step) {
+        for (int m = 0; m < block.count; m += size) {
+            const bool whole = m + size <= block.count;
+            auto join = [&](const float* x, unit* y) {
+                y += std::size_t(step + m / size) * keys;
+                for (int n = block.from; n < block.to; n += LANES) {
+                    Floats second = whole ? load(x + (m + size - 1) * keys + n) : Floats{};
+                    Unit<T>::store(y + n, Unit<T>::join(load(x + m * keys + n), second));
+                }
+            };
+            join(work.scores, paired_weights);
+            join(grad_scores, paired_scores);
+        }
+    }
+
+    // total[key] += sum over rows [first, last) of paired[row][key] * source[row].
+    void add_over_rows(const unit* paired, const Heads<const T>& source, int width, int first, int last, float* total) {
+        Packed<T> right(stacked, last - first, width);
+        const int T_ = int(s.T), group = int(s.H / s.G);
+        right.stack(last - first, width, [&](int i) {
+            return source.row(work.b, work.g * group + (first + i) / T_, (first + i) % T_);
         });
-        work.copy_rows(grads, v_width, V, grad, r, count);
-        auto grad_row = [&](int m) { return reinterpret_cast<const unit*>(grads + m * v_width); };
-        product<T>(count, grad_row, 1, values_across, from, to, 0, values_across.depth, [&](int m, int n, Floats sums) {
-            Floats x = load(work.scores + m * keys + n) * (sums - delta[m]) * work.scale;
-            store(grad_scores + m * keys + n, x);
-            store(work.weights + m * keys + n, x);
-        });
-        for (int m = 0; m < count; m += size) {
-            const bool pair = m + size <= count;
-            for (int n = from; n < to; n += LANES) {
-                auto join = [&](const float* x, unit* y) {
-                    Floats second = pair ? load(x + (m + size - 1) * keys + n) : Floats{};
-                    Unit<T>::store(y + m / size * keys + n, Unit<T>::join(load(x + m * keys + n), second));
-                };
-                join(work.scores, paired_weights);
-                join(grad_scores, paired_scores);
+        const int blocks = (last - first + QUERY_BLOCK - 1) / QUERY_BLOCK;
+        for (int key = 0; key < keys; key += KEY_BLOCK) {
+            const int count = std::min(KEY_BLOCK, keys - key);
+            for (int b = 0; b < blocks;) {
+                // Runs of blocks that have written all of these keys; a block that wrote only some comes alone.
+                const int from = std::max(key, ranges[b].from), to = std::min(key + count, ranges[b].to);
+                int end = b + 1;
+                while (end < blocks && std::max(key, ranges[end].from) == from && std::min(key + count, ranges[end].to) == to)
+                    ++end;
+                if (from < to) {
+                    const int begin = b * QUERY_BLOCK / size;
+                    const int stop = std::min(end * QUERY_BLOCK / size, right.depth);
+                    product<T>(to - from, LeftSide<unit, Neighbours>{paired + std::size_t(begin) * keys + from, {}, keys},
+                               right, 0, right.columns, begin, stop, [&](int i, int n, Floats sums) {
+                                   float* p = total + (from + i) * right.columns + n;
+                                   store(p, load(p) + sums);
+                               });
+                }
+                b = end;
             }
         }
-        Packed<T> block_grads(block_memory, count, V);
-        block_grads.stack(count, V, [&](int m) { return at(grad, m); });
-        auto weights_down = [&](int i) { return paired_weights + from + i; };
-        product<T>(to - from, weights_down, keys, block_grads, 0, v_width, 0, block_grads.depth,
-                   [&](int i, int n, Floats sums) {
-                       float* p = sum_v + (from + i) * v_width + n;
-                       store(p, load(p) + sums);
-                   });
-        Packed<T> block_queries(block_memory, count, K);
-        block_queries.stack(count, K, [&](int m) { return at(work.q, m); });
-        auto scores_down = [&](int i) { return paired_scores + from + i; };
-        product<T>(to - from, scores_down, keys, block_queries, 0, k_width, 0, block_queries.depth,
-                   [&](int i, int n, Floats sums) {
-                       float* p = sum_k + (from + i) * k_width + n;
-                       store(p, load(p) + sums);
-                   });
-        auto scores_row = [&](int m) { return reinterpret_cast<const unit*>(work.weights + m * keys + from); };
-        product<T>(count, scores_row, 1, keys_down, 0, k_width, from / size, to / size, [&](int m, int n, Floats sums) {
-            give(at(grad_q, m) + n, sums, std::min(LANES, K - n));
-        });
     }
-    for (int i = 0; i < int(s.S); ++i) {
-        each_vector(K, [&](int n, int lanes) { give(grad_k.row(work.b, work.g, i) + n, load(sum_k + i * k_width + n), lanes); });
-        each_vector(V, [&](int n, int lanes) { give(grad_v.row(work.b, work.g, i) + n, load(sum_v + i * v_width + n), lanes); });
+
+    static void write_row(const float* total, int width, T* row) {
+        each_vector(width, [&](int n, int lanes) { give(row + n, load(total + n), lanes); });
     }
-}
+
+    AttentionWork<T> work;
+    const AttentionShape& s;
+    Heads<const T> out, grad;
+    const float* log_sums;
+    int keys, K, V;
+    Packed<T> values_across, keys_down;
+    float *sum_k, *sum_v;
+    Element* grads;
+    float* grad_scores;
+    unit *paired_weights, *paired_scores, *stacked;
+    Span ranges[QUERIES_TOGETHER / QUERY_BLOCK];
+};
 
 }  // namespace glasklar

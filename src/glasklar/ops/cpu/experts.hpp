@@ -62,8 +62,10 @@ struct ExpertTypes {
     static constexpr int size = Unit<T>::size;
     using Element = std::conditional_t<size == 2, bf16, float>;
 
-    // Units can be read where numbers lie, if they are of the same kind and rows hold whole units.
-    static const unit* units(const Element* p) { return reinterpret_cast<const unit*>(p); }
+    // Rows of `width` elements as the left side of a product: whole units of the same kind.
+    static LeftSide<unit> rows(const Element* p, int width) {
+        return {reinterpret_cast<const unit*>(p), width / size, 1};
+    }
 };
 
 // Copies rows as elements of units, padded with zeros to `width`.
@@ -88,7 +90,7 @@ void experts_forward_block(const ExpertShape& s, Plan plan, Block block, const T
     Element* gated = Scratch::get<Element>(2, std::size_t(TOKEN_BLOCK) * f_width);
     const int32_t* choice = plan.choice + block.first;
     copy_block<T>(rows, d_width, D, block.count, [&](int m) { return x + choice[m] / s.A * s.D; });
-    product<T>(block.count, [&](int m) { return Types::units(rows + std::size_t(m) * d_width); }, 1, gate_up, 0,
+    product<T>(block.count, Types::rows(rows, d_width), gate_up, 0,
                gate_up.columns, 0, gate_up.depth,
                [&](int m, int n, Floats sums) { store(up + std::size_t(m) * u_width + n, sums); });
     for (int m = 0; m < block.count; ++m) {
@@ -101,7 +103,7 @@ void experts_forward_block(const ExpertShape& s, Plan plan, Block block, const T
             store(gated + std::size_t(m) * f_width + i, gate * sigmoid(gate) * take(row + F + i, n) * weight);
         });
     }
-    product<T>(block.count, [&](int m) { return Types::units(gated + std::size_t(m) * f_width); }, 1, down, 0,
+    product<T>(block.count, Types::rows(gated, f_width), down, 0,
                down.columns, 0, down.depth, [&](int m, int n, Floats sums) {
                    give(results + (block.first + m) * s.D + n, sums, std::min(LANES, D - n));
                });
@@ -122,7 +124,7 @@ void experts_backward_block(const ExpertShape& s, Plan plan, Block block, const 
     Element* grad_up = Scratch::get<Element>(2, std::size_t(TOKEN_BLOCK) * u_width);
     const int32_t* choice = plan.choice + block.first;
     copy_block<T>(rows, d_width, D, block.count, [&](int m) { return grad + choice[m] / s.A * s.D; });
-    product<T>(block.count, [&](int m) { return Types::units(rows + std::size_t(m) * d_width); }, 1, down, 0,
+    product<T>(block.count, Types::rows(rows, d_width), down, 0,
                down.columns, 0, down.depth,
                [&](int m, int n, Floats sums) { store(grad_gated + std::size_t(m) * f_width + n, sums); });
     for (int m = 0; m < block.count; ++m) {
@@ -141,7 +143,7 @@ void experts_backward_block(const ExpertShape& s, Plan plan, Block block, const 
         grad_weights[choice[m]] = sum(dot);
     }
     copy_block<T>(grad_up, u_width, 2 * F, block.count, [&](int m) { return grad_hidden + (block.first + m) * 2 * s.F; });
-    product<T>(block.count, [&](int m) { return Types::units(grad_up + std::size_t(m) * u_width); }, 1, gate_up, 0,
+    product<T>(block.count, Types::rows(grad_up, u_width), gate_up, 0,
                gate_up.columns, 0, gate_up.depth, [&](int m, int n, Floats sums) {
                    give(grad_rows + (block.first + m) * s.D + n, sums, std::min(LANES, D - n));
                });
@@ -169,7 +171,7 @@ void weight_gradient(int first, int last, int m, int n, Left left, Right right, 
                 Unit<T>::store(left_memory + std::size_t(k) * m_width + i, Unit<T>::join(take(one + i, lanes), b));
             });
         }
-        product<T>(m, [&](int i) { return left_memory + i; }, m_width, packed, 0, n_width, 0, packed.depth,
+        product<T>(m, LeftSide<unit, Neighbours>{left_memory, {}, m_width}, packed, 0, n_width, 0, packed.depth,
                    [&](int i, int c, Floats sums) {
                        float* p = total + std::size_t(i) * n_width + c;
                        store(p, load(p) + sums);

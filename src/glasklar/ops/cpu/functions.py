@@ -14,6 +14,8 @@ from glasklar.ops.cpu.library import Library
 
 # Parts in which gradients of norm weights are summed (`CHUNKS` in pointwise.hpp).
 CHUNKS = 32
+# int32 numbers of a `Span` in attention.hpp.
+SPAN = 3
 
 Grads = tuple[Tensor | None, ...]
 
@@ -107,18 +109,19 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask = _dense(q), _dense(k), _dense(v), mask.to(q.dtype).contiguous()
         out = _by_position(B, H, T, V, q)
         log_sums = q.new_empty(B, H, T, dtype=torch.float32)
+        spans = q.new_empty(B, T, SPAN, dtype=torch.int32)
         library("attention_forward", q.dtype)(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(), scale, out.data_ptr(), log_sums.data_ptr(),
-            _numbers(B, H, G, T, S, K, V), _strides(q, k, v, out), torch.get_num_threads(),
+            spans.data_ptr(), _numbers(B, H, G, T, S, K, V), _strides(q, k, v, out), torch.get_num_threads(),
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, mask, out, log_sums)
+        ctx.save_for_backward(q, k, v, mask, out, log_sums, spans)
         ctx.scale, ctx.library = scale, library
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        q, k, v, mask, out, log_sums = ctx.saved_tensors
+        q, k, v, mask, out, log_sums, spans = ctx.saved_tensors
         (B, H, T, K), (G, S), V = q.shape, k.shape[1:3], v.shape[-1]
         grad = _dense(grads[0])
         grad_q, grad_k, grad_v = (
@@ -126,7 +129,7 @@ class _Attention(torch.autograd.Function):
         )
         ctx.library("attention_backward", q.dtype)(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(), ctx.scale, out.data_ptr(), grad.data_ptr(),
-            log_sums.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(),
+            log_sums.data_ptr(), spans.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(),
             _numbers(B, H, G, T, S, K, V), _strides(q, k, v, out, grad, grad_q, grad_k, grad_v),
             torch.get_num_threads(),
         )  # fmt: skip

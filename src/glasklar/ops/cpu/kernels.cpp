@@ -81,12 +81,12 @@ Heads<T> heads(T* data, const int64_t* strides) {
     return {data, strides[0], strides[1], strides[2]};
 }
 
-// strides: [tensor][batch, head, position] in the order of the tensors.
+// strides: [tensor][batch, head, position] in the order of the tensors. `spans` [B, T] is written for the backward pass.
 template <class T>
 void attention_forward(const T* q, const T* k, const T* v, const T* mask, float scale, T* out, float* log_sums,
-                       const int64_t* shape, const int64_t* strides, int threads) {
+                       Span* spans, const int64_t* shape, const int64_t* strides, int threads) {
     const AttentionShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
-    const Span* spans = visible_spans(s, mask, threads);
+    find_spans(s.B * s.T, s.S, mask, spans, threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t item = 0; item < s.B * s.G; ++item)
         attention_forward_item<T>(
@@ -96,16 +96,15 @@ void attention_forward(const T* q, const T* k, const T* v, const T* mask, float 
 
 template <class T>
 void attention_backward(const T* q, const T* k, const T* v, const T* mask, float scale, const T* out, const T* grad,
-                        const float* log_sums, T* grad_q, T* grad_k, T* grad_v, const int64_t* shape,
+                        const float* log_sums, const Span* spans, T* grad_q, T* grad_k, T* grad_v, const int64_t* shape,
                         const int64_t* strides, int threads) {
     const AttentionShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
-    const Span* spans = visible_spans(s, mask, threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t item = 0; item < s.B * s.G; ++item)
-        attention_backward_item<T>(
+        AttentionBackward<T>(
             {s, heads(q, strides), heads(k, strides + 3), heads(v, strides + 6), mask, spans, scale, item},
-            heads(out, strides + 9), heads(grad, strides + 12), log_sums, heads(grad_q, strides + 15),
-            heads(grad_k, strides + 18), heads(grad_v, strides + 21));
+            heads(out, strides + 9), heads(grad, strides + 12), log_sums)
+            .run(heads(grad_q, strides + 15), heads(grad_k, strides + 18), heads(grad_v, strides + 21));
 }
 
 // Weights of all experts laid out for products: `across` sums over a matrix's columns (x W^T), otherwise over its rows.
@@ -246,13 +245,14 @@ EXPORT void route_backward(const int64_t* ids, const float* scores, const float*
         logprobs_backward(logits, targets, log_sums, grad, grad_logits, rows, W, threads);                               \
     }                                                                                                                    \
     EXPORT void attention_forward_##suffix(const T* q, const T* k, const T* v, const T* mask, float scale, T* out,       \
-                                           float* log_sums, const int64_t* shape, const int64_t* strides, int threads) { \
-        attention_forward(q, k, v, mask, scale, out, log_sums, shape, strides, threads);                                 \
+                                           float* log_sums, Span* spans, const int64_t* shape, const int64_t* strides,     \
+                                           int threads) {                                                                \
+        attention_forward(q, k, v, mask, scale, out, log_sums, spans, shape, strides, threads);                          \
     }                                                                                                                    \
     EXPORT void attention_backward_##suffix(const T* q, const T* k, const T* v, const T* mask, float scale,              \
-                                            const T* out, const T* g, const float* log_sums, T* gq, T* gk, T* gv,        \
-                                            const int64_t* shape, const int64_t* strides, int threads) {                 \
-        attention_backward(q, k, v, mask, scale, out, g, log_sums, gq, gk, gv, shape, strides, threads);                 \
+                                            const T* out, const T* g, const float* log_sums, const Span* spans, T* gq,   \
+                                            T* gk, T* gv, const int64_t* shape, const int64_t* strides, int threads) {   \
+        attention_backward(q, k, v, mask, scale, out, g, log_sums, spans, gq, gk, gv, shape, strides, threads);          \
     }                                                                                                                    \
     EXPORT void experts_forward_##suffix(const T* x, const int64_t* ids, const float* w, const T* gu, const T* d, T* y,  \
                                          T* hidden, T* results, int32_t* choice, int32_t* place, int32_t* start,         \

@@ -25,8 +25,8 @@ BY_TYPE = {
     "rotate": "ppppp" + "fip" + "lllli",
     "logprobs_forward": "ppppplli",
     "logprobs_backward": "ppppplli",
-    "attention_forward": "ppppfppppi",
-    "attention_backward": "ppppfpppppppp" + "i",
+    "attention_forward": "ppppf" + "ppppp" + "i",
+    "attention_backward": "ppppf" + "ppppppppp" + "i",
     "experts_forward": "pppppp" + "ppppp" + "pi",
     "experts_backward": "pppppp" + "pppp" + "ppp" + "ppp" + "pi",
 }

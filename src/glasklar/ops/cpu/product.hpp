@@ -120,39 +120,69 @@ class Packed {
     }
 };
 
-template <class T, int VECTORS, class Left, class Store>
-inline void product_columns(int rows, int steps, Left left, std::ptrdiff_t left_step,
-                            const typename Unit<T>::type* right, std::ptrdiff_t right_step, int column, Store store) {
-    using unit = typename Unit<T>::type;
+// The left side of a product: unit k of row m lies at data[m * row + k * step]. `Row` is a constant where rows are
+// neighbours, so that a tile needs one pointer. Rows are read in whole tiles: what lies behind the last one is read (and
+// not used), so there must be memory.
+template <class U, class Row = std::ptrdiff_t>
+struct LeftSide {
+    const U* data;
+    Row row;
+    std::ptrdiff_t step;
+};
+using Neighbours = std::integral_constant<std::ptrdiff_t, 1>;
+
+// Sums of one tile into out[tile_rows][VECTORS]. A function of its own with its loops unrolled by force: only then do
+// compilers keep all sums in registers.
+template <class T, int VECTORS, class Row>
+__attribute__((noinline)) void tile_sums(int steps, LeftSide<typename Unit<T>::type, Row> left,
+                                         const typename Unit<T>::type* right, std::ptrdiff_t right_step, Floats* out) {
     constexpr int ROWS = tile_rows(VECTORS);
-    for (int m = 0; m < rows; m += ROWS) {
-        const unit* a[ROWS];
-        for (int i = 0; i < ROWS; ++i) a[i] = left(std::min(m + i, rows - 1));
-        Floats total[ROWS][VECTORS] = {};
-        const unit* b = right;
-        for (int k = 0; k < steps; ++k, b += right_step) {
-            decltype(Unit<T>::load(b)) columns[VECTORS];
-            for (int j = 0; j < VECTORS; ++j) columns[j] = Unit<T>::load(b + j * LANES);
-            for (int i = 0; i < ROWS; ++i)
-                for (int j = 0; j < VECTORS; ++j)
-                    total[i][j] = Unit<T>::multiply_add(total[i][j], a[i][k * left_step], columns[j]);
+    Floats total[ROWS][VECTORS];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; ++j) total[i][j] = Floats{};
+    const auto* a = left.data;
+    for (int k = 0; k < steps; ++k, a += left.step, right += right_step) {
+        decltype(Unit<T>::load(right)) columns[VECTORS];
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; ++j) columns[j] = Unit<T>::load(right + j * LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; ++i) {
+            const auto x = a[i * left.row];
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; ++j) total[i][j] = Unit<T>::multiply_add(total[i][j], x, columns[j]);
         }
-        int valid = std::min(ROWS, rows - m);
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; ++j) out[i * VECTORS + j] = total[i][j];
+}
+
+template <class T, int VECTORS, class Row, class Store>
+inline void product_columns(int rows, int steps, LeftSide<typename Unit<T>::type, Row> left,
+                            const typename Unit<T>::type* right, std::ptrdiff_t right_step, int column, Store store) {
+    constexpr int ROWS = tile_rows(VECTORS);
+    Floats sums[ROWS * VECTORS];
+    for (int m = 0; m < rows; m += ROWS) {
+        tile_sums<T, VECTORS, Row>(steps, {left.data + m * left.row, left.row, left.step}, right, right_step, sums);
+        const int valid = std::min(ROWS, rows - m);
         for (int i = 0; i < valid; ++i)
-            for (int j = 0; j < VECTORS; ++j) store(m + i, column + j * LANES, total[i][j]);
+            for (int j = 0; j < VECTORS; ++j) store(m + i, column + j * LANES, sums[i * VECTORS + j]);
     }
 }
 
 // For rows [0, rows) and packed columns [from, to): sums over units [first, last), handed to store(row, column, sums).
-// `left(row)` points at the unit that meets `first`; the next one lies `left_step` units further.
-template <class T, class Left, class Store>
-inline void product(int rows, Left left, std::ptrdiff_t left_step, const Packed<T>& right, int from, int to, int first,
+// `left` begins at the unit that meets `first`.
+template <class T, class Row, class Store>
+inline void product(int rows, LeftSide<typename Unit<T>::type, Row> left, const Packed<T>& right, int from, int to, int first,
                     int last, Store store) {
     for (int n = from; n < to;) {
         int width = right.width(n), room = std::min(width - n % PANEL, to - n) / LANES;
         const auto* b = right.at(first, n);
         auto run = [&](auto vectors) {
-            product_columns<T, decltype(vectors)::value>(rows, last - first, left, left_step, b, width, n, store);
+            product_columns<T, decltype(vectors)::value>(rows, last - first, left, b, width, n, store);
         };
         if (PANEL_VECTORS >= 4 && room >= 4) run(std::integral_constant<int, std::min(4, PANEL_VECTORS)>());
         else if (PANEL_VECTORS >= 3 && room == 3) run(std::integral_constant<int, std::min(3, PANEL_VECTORS)>());

@@ -9,7 +9,7 @@
 #include <limits>
 #include <memory>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -112,16 +112,25 @@ inline void give(T* p, Floats v, int lanes) {
     else store_part(p, v, lanes);
 }
 
+// Halves on halves, so that the result does not depend on how a compiler orders the additions.
 inline float sum(Floats v) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += v[i];
-    return total;
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    return v[0];
+#endif
 }
 
 inline float largest(Floats v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; ++i) top = std::max(top, v[i]);
-    return top;
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) v[i] = std::max(v[i], v[i + half]);
+    return v[0];
+#endif
 }
 
 inline Floats larger(Floats a, Floats b) { return a < b ? b : a; }
