@@ -5,9 +5,9 @@ settings with the seed, the ids of the answer and a digest of their log-probabil
 answer again.
 
 An answer that an engine computed alone (a fresh `Engine(model, max_slots=1)`) comes out again to the bit. One that was
-computed in a batch with others has products of other shapes, whose sums may round otherwise in the last bit: its tokens
-are compared all the same (a draw within a rounding error of the next token may then differ), its log-probabilities are
-not. `alone` says which it was.
+computed in a batch with others has products of other shapes, whose sums may round otherwise in the last bit. Receipts
+hold the log-probabilities of the answer computed alone (`audit.receipt.Attestor` does that for a server); `alone` says
+that they do. Where it is false they are those of a batch, and only the tokens are compared.
 
 A receipt holds the prompt: it is as confidential as the conversation.
 """
