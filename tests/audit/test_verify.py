@@ -447,7 +447,19 @@ def test_released_run_is_not_abandoned(run: Path, home: Path) -> None:
         abandon(run, "changed my mind", Signer.open(home))
 
 
+def test_ledger_of_another_form_is_refused_in_words(run: Path, home: Path) -> None:
+    def nameless(lines: list[dict]) -> None:
+        for line in lines:
+            line["data"].pop("name", None)
+
+    edit_ledger(run, nameless, chained=True)
+    found = verify(run, home=home)
+    assert any("(checkpoint) lacks name" in e.text and "another version" in e.text for e in found.failures), found
+
+
 def test_run_of_another_code_holds_and_says_so(run: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_by = lines_of(run)[0]["data"]["code"]["files"]
+    monkeypatch.setattr("glasklar.audit.verify.files_hash", lambda: made_by)
     assert next(e for e in verify(run, home=home).entries if e.subject == "code").verdict == "holds"
     monkeypatch.setattr("glasklar.audit.verify.files_hash", lambda: "00" * 32)
     found = verify(run, home=home)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from glasklar.audit.findings import Findings
+from glasklar.audit.verify_contents import unknown_form
 from glasklar.audit.verify_replays import REPLAY_KIND, checkpoint_events, coverage, read_replays
 from glasklar.corpus import Corpus, prepare
 from glasklar.errors import CheckpointError, RecordError, RequestError
@@ -66,6 +67,8 @@ class Record:
     def __init__(self, run: RunDir) -> None:
         self.run = run
         self.events, _ = read_ledger(run.ledger_file)
+        if wrong := unknown_form(self.events):
+            raise RecordError(f"{run.ledger_file}: {wrong}; replay it with the code that made it")
         self.recipe = Recipe.read(run.recipe(), run.identity_file.name)
         begun = self._of("run")
         if not begun or begun[0]["recipe"] != self.recipe.hash:

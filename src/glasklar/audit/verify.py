@@ -17,7 +17,7 @@ from glasklar.audit.facts import RunFacts
 from glasklar.audit.findings import Findings
 from glasklar.audit.receipt import verify_receipt
 from glasklar.audit.seal import MODEL_KIND, RUN_KIND, file_hashes, origin
-from glasklar.audit.verify_contents import check_contents
+from glasklar.audit.verify_contents import check_contents, unknown_form
 from glasklar.audit.verify_replays import check_replays
 from glasklar.errors import CheckpointError, RecordError
 from glasklar.provenance.environment import files_hash
@@ -79,8 +79,15 @@ def _verify_run(run: RunDir, home: Path, key: str | None, head: str | None) -> F
     if events:
         found.guard("course", lambda: _course(run, found))
         found.guard("code", lambda: _code(events, found))
-        check_contents(run, events, found)
-        check_replays(run, events, found)
+        if wrong := unknown_form(events):
+            found.fails(
+                run.ledger_file.name,
+                f"{wrong}, so its contents cannot be checked: it was put together by hand or written by another "
+                "version; verify the run with the code that made it",
+            )
+        else:
+            check_contents(run, events, found)
+            check_replays(run, events, found)
     _lock(run, found)
     return found
 

@@ -26,6 +26,25 @@ from glasklar.runtime import Runtime
 from glasklar.train.state import load_state
 from glasklar.training import state_at
 
+# What the checks read of an event's data.
+FIELDS: dict[str, set[str]] = {
+    "run": {"recipe", "seed", "code", "machine"},
+    "data": {"root", "tokens", "train_file"},
+    "tokenizer": {"hash"},
+    "checkpoint": {"name", "state_hash", "metrics"},
+    "released": {"files"},
+}
+
+
+def unknown_form(events: list[Event]) -> str | None:
+    """What keeps this version from reading a ledger whose chain holds; None for one that it can read."""
+    if not events or events[0].event != "run":
+        return "does not begin with the run"
+    for event in events:
+        if missing := FIELDS.get(event.event, set()) - event.data.keys():
+            return f"line {event.index + 1} ({event.event}) lacks {', '.join(sorted(missing))}"
+    return None
+
 
 def check_contents(run: RunDir, events: list[Event], found: Findings) -> None:
     """All checks, each of which is a finding of its own; `events` is the whole, verified ledger."""
