@@ -84,7 +84,14 @@ def packed_segments(B: int, T: int) -> Tensor:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("B", "H", "G", "T", "K", "V"),
-    [(2, 3, 3, 7, 24, 16), (1, 4, 2, 33, 16, 16), (2, 6, 6, 64, 48, 32), (1, 2, 2, 150, 32, 64), (1, 1, 1, 1, 8, 8)],
+    [
+        (2, 3, 3, 7, 24, 16),
+        (1, 4, 2, 33, 16, 16),
+        (2, 6, 6, 64, 48, 32),
+        (1, 2, 2, 150, 32, 64),
+        (1, 4, 2, 300, 20, 8),
+        (1, 1, 1, 1, 8, 8),
+    ],
 )
 def test_attention_against_reference(
     twin: Ops, B: int, H: int, G: int, T: int, K: int, V: int, dtype: torch.dtype
@@ -116,9 +123,11 @@ def test_attention_over_a_cache(twin: Ops, T: int, S: int, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 64)])
-def test_swiglu_against_reference(twin: Ops, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(REFERENCE.swiglu, twin.swiglu, [leaf(*shape, seed=10, dtype=dtype)], dtype)
+@pytest.mark.parametrize(("shape", "F"), [((5, 24), 16), ((2, 3, 64), 40), ((300, 17), 11), ((2, 50, 32), 200)])
+def test_feed_forward_against_reference(twin: Ops, shape: tuple[int, ...], F: int, dtype: torch.dtype) -> None:
+    D = shape[-1]
+    inputs = [leaf(*size, seed=10 + i, dtype=dtype) for i, size in enumerate([shape, (2 * F, D), (D, F)])]
+    check(REFERENCE.feed_forward, twin.feed_forward, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

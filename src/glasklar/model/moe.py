@@ -40,7 +40,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x))), None
+        return self.ops.feed_forward(x, self.gate_up_proj.weight, self.down_proj.weight), None
 
 
 class Gate(nn.Module):

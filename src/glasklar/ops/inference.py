@@ -54,6 +54,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+def feed_forward(x: Tensor, gate_up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    """As `reference.feed_forward`."""
+    return F.linear(swiglu(F.linear(x, gate_up_FD)), down_DF)
+
+
 def experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
     """As `reference.experts`. A token's weight is 0 for the experts that it did not choose."""
     T = len(x_TD)

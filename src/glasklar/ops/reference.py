@@ -52,6 +52,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def feed_forward(x: Tensor, gate_up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    """down(silu(gate x) * up x) for `x` [..., D]; gate and up lie in one matrix [2F, D]."""
+    return F.linear(swiglu(F.linear(x, gate_up_FD)), down_DF)
+
+
 def route(
     logits_TE: Tensor,
     bias_E: Tensor | None,

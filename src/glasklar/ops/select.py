@@ -27,7 +27,7 @@ class Ops:
     rms_norm: Callable[..., Any] = reference.rms_norm
     rotate: Callable[..., Any] = reference.rotate
     attention: Callable[..., Any] = reference.attention
-    swiglu: Callable[..., Any] = reference.swiglu
+    feed_forward: Callable[..., Any] = reference.feed_forward
     route: Callable[..., Any] = reference.route
     experts: Callable[..., Any] = reference.experts
     token_logprobs: Callable[..., Any] = reference.token_logprobs
@@ -49,7 +49,7 @@ TORCH_CPU = Ops(
     rms_norm=_by_gradient(torch_cpu.rms_norm, inference.rms_norm),
     rotate=_by_gradient(torch_cpu.rotate, inference.rotate),
     attention=_by_gradient(torch_cpu.attention, inference.attention),
-    swiglu=_by_gradient(torch_cpu.swiglu, inference.swiglu),
+    feed_forward=_by_gradient(torch_cpu.feed_forward, inference.feed_forward),
     experts=_by_gradient(torch_cpu.experts, inference.experts),
     token_logprobs=_by_gradient(torch_cpu.token_logprobs, reference.token_logprobs),
 )
@@ -66,7 +66,7 @@ def compiled(variant: str) -> Ops | None:
         rms_norm=kernels.rms_norm,
         rotate=kernels.rotate,
         attention=_by_gradient(kernels.attention, inference.attention),
-        swiglu=kernels.swiglu,
+        feed_forward=_by_gradient(kernels.feed_forward, inference.feed_forward),
         route=kernels.route,
         experts=_by_gradient(kernels.experts, inference.experts),
         token_logprobs=kernels.token_logprobs,

@@ -143,6 +143,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _Swiglu.apply(gate_up)
 
 
+def feed_forward(x: Tensor, gate_up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    """As `reference.feed_forward`."""
+    return F.linear(swiglu(F.linear(x, gate_up_FD)), down_DF)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,12 +14,17 @@ struct ExpertShape {
 
 constexpr int TOKEN_BLOCK = 48;   // rows of one expert that go through both products together
 constexpr int WEIGHT_BLOCK = 128;  // rows that one update of a weight gradient takes in
+constexpr int WEIGHT_ROWS = 192;   // rows of a weight gradient that one thread makes at a time
 
-// Choices in the order of their experts; ties keep the order of tokens.
+// Choices in the order of their experts; ties keep the order of tokens. Without `choice` there is one expert that sees all
+// tokens in their order with weight 1: a dense feed-forward.
 struct Plan {
     int32_t* choice;  // [rows] index into ids [T, A]
     int32_t* place;   // [T, A] row of each choice
     int32_t* start;   // [E + 1]
+
+    int64_t token(int64_t row, int64_t active) const { return choice ? choice[row] / active : row; }
+    float weight(const float* weights, int64_t row) const { return choice ? weights[choice[row]] : 1.0f; }
 };
 
 inline void plan_rows(const ExpertShape& s, const int64_t* ids, Plan plan) {
@@ -73,7 +78,12 @@ template <class T, class Row>
 inline void copy_block(typename ExpertTypes<T>::Element* out, int width, int numbers, int count, Row row) {
     for (int m = 0; m < count; ++m) {
         const T* source = row(m);
-        each_vector(numbers, [&](int i, int n) { store(out + std::size_t(m) * width + i, take(source + i, n)); });
+        if constexpr (std::is_same_v<T, typename ExpertTypes<T>::Element>) {
+            std::memcpy(out + std::size_t(m) * width, source, numbers * sizeof(T));
+            std::memset(out + std::size_t(m) * width + numbers, 0, (width - numbers) * sizeof(T));
+        } else {
+            each_vector(numbers, [&](int i, int n) { store(out + std::size_t(m) * width + i, take(source + i, n)); });
+        }
     }
 }
 
@@ -88,14 +98,13 @@ void experts_forward_block(const ExpertShape& s, Plan plan, Block block, const T
     Element* rows = Scratch::get<Element>(0, std::size_t(TOKEN_BLOCK) * d_width);
     float* up = Scratch::get<float>(1, std::size_t(TOKEN_BLOCK) * u_width);
     Element* gated = Scratch::get<Element>(2, std::size_t(TOKEN_BLOCK) * f_width);
-    const int32_t* choice = plan.choice + block.first;
-    copy_block<T>(rows, d_width, D, block.count, [&](int m) { return x + choice[m] / s.A * s.D; });
+    copy_block<T>(rows, d_width, D, block.count, [&](int m) { return x + plan.token(block.first + m, s.A) * s.D; });
     product<T>(block.count, Types::rows(rows, d_width), gate_up, 0,
                gate_up.columns, 0, gate_up.depth,
                [&](int m, int n, Floats sums) { store(up + std::size_t(m) * u_width + n, sums); });
     for (int m = 0; m < block.count; ++m) {
         const float* row = up + std::size_t(m) * u_width;
-        float weight = weights[choice[m]];
+        const float weight = plan.weight(weights, block.first + m);
         if (hidden)
             each_vector(2 * F, [&](int i, int n) { give(hidden + (block.first + m) * 2 * s.F + i, take(row + i, n), n); });
         each_vector(F, [&](int i, int n) {
@@ -122,14 +131,13 @@ void experts_backward_block(const ExpertShape& s, Plan plan, Block block, const 
     Element* rows = Scratch::get<Element>(0, std::size_t(TOKEN_BLOCK) * d_width);
     float* grad_gated = Scratch::get<float>(1, std::size_t(TOKEN_BLOCK) * f_width);
     Element* grad_up = Scratch::get<Element>(2, std::size_t(TOKEN_BLOCK) * u_width);
-    const int32_t* choice = plan.choice + block.first;
-    copy_block<T>(rows, d_width, D, block.count, [&](int m) { return grad + choice[m] / s.A * s.D; });
+    copy_block<T>(rows, d_width, D, block.count, [&](int m) { return grad + plan.token(block.first + m, s.A) * s.D; });
     product<T>(block.count, Types::rows(rows, d_width), down, 0,
                down.columns, 0, down.depth,
                [&](int m, int n, Floats sums) { store(grad_gated + std::size_t(m) * f_width + n, sums); });
     for (int m = 0; m < block.count; ++m) {
         const T* row = hidden + (block.first + m) * 2 * s.F;
-        const float weight = weights[choice[m]];
+        const float weight = plan.weight(weights, block.first + m);
         Floats dot{};
         each_vector(F, [&](int i, int n) {
             Floats gate = take(row + i, n), up = take(row + F + i, n), plain = gate * sigmoid(gate) * up;
@@ -140,7 +148,7 @@ void experts_backward_block(const ExpertShape& s, Plan plan, Block block, const 
             give(grad_hidden + (block.first + m) * 2 * s.F + i, grad_gate, n);
             give(grad_hidden + (block.first + m) * 2 * s.F + F + i, grad_value, n);
         });
-        grad_weights[choice[m]] = sum(dot);
+        if (plan.choice) grad_weights[plan.choice[block.first + m]] = sum(dot);
     }
     copy_block<T>(grad_up, u_width, 2 * F, block.count, [&](int m) { return grad_hidden + (block.first + m) * 2 * s.F; });
     product<T>(block.count, Types::rows(grad_up, u_width), gate_up, 0,
@@ -149,26 +157,27 @@ void experts_backward_block(const ExpertShape& s, Plan plan, Block block, const 
                });
 }
 
-// One expert's gradient left^T right [m, n], a sum over its rows: `left(row)` -> m numbers, `right(row)` -> n numbers.
+// Rows [m_from, m_to) of one expert's gradient left^T right [m, n], a sum over the expert's rows: `left(row)` -> m numbers,
+// `right(row)` -> n numbers.
 template <class T, class Left, class Right>
-void weight_gradient(int first, int last, int m, int n, Left left, Right right, T* out) {
+void weight_gradient(int first, int last, int m_from, int m_to, int n, Left left, Right right, T* out) {
     using unit = typename Unit<T>::type;
-    const int n_width = round_up(n, LANES), m_width = round_up(m, LANES);
+    constexpr int size = Unit<T>::size;
+    const int m = m_to - m_from, n_width = round_up(n, LANES), m_width = round_up(m, LANES);
     float* total = Scratch::get<float>(0, std::size_t(m) * n_width);
     std::fill(total, total + std::size_t(m) * n_width, 0.0f);
     unit* left_memory = Scratch::get<unit>(1, std::size_t(WEIGHT_BLOCK) * m_width);
     unit* right_memory = Scratch::get<unit>(2, Packed<T>::units(WEIGHT_BLOCK, n));
-    constexpr int size = Unit<T>::size;
     for (int r = first; r < last; r += WEIGHT_BLOCK) {
         const int count = std::min(WEIGHT_BLOCK, last - r);
         Packed<T> packed(right_memory, count, n);
         packed.stack(count, n, [&](int i) { return right(r + i); });
         for (int k = 0; k < packed.depth; ++k) {
-            const T* one = left(r + k * size);
-            const T* two = size == 2 && k * size + 1 < count ? left(r + k * size + 1) : nullptr;
+            const T* one = left(r + k * size) + m_from;
+            const T* two = size == 2 && k * size + 1 < count ? left(r + k * size + 1) + m_from : nullptr;
             each_vector(m, [&](int i, int lanes) {
-                Floats b = two ? take(two + i, lanes) : Floats{};
-                Unit<T>::store(left_memory + std::size_t(k) * m_width + i, Unit<T>::join(take(one + i, lanes), b));
+                Unit<T>::store(left_memory + std::size_t(k) * m_width + i,
+                               Unit<T>::join(one + i, two ? two + i : nullptr, lanes));
             });
         }
         product<T>(m, LeftSide<unit, Neighbours>{left_memory, {}, m_width}, packed, 0, n_width, 0, packed.depth,
@@ -179,7 +188,7 @@ void weight_gradient(int first, int last, int m, int n, Left left, Right right, 
     }
     for (int i = 0; i < m; ++i)
         each_vector(n, [&](int c, int lanes) {
-            give(out + std::size_t(i) * n + c, load(total + std::size_t(i) * n_width + c), lanes);
+            give(out + std::size_t(m_from + i) * n + c, load(total + std::size_t(i) * n_width + c), lanes);
         });
 }
 

@@ -136,32 +136,6 @@ class _Attention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None, None
 
 
-class _Swiglu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, library: Library) -> Tensor:
-        gate_up = gate_up.contiguous()
-        *outer, width = gate_up.shape
-        y = gate_up.new_empty(*outer, width // 2)
-        library("swiglu_forward", y.dtype)(
-            gate_up.data_ptr(), y.data_ptr(), gate_up.numel() // width, width // 2, torch.get_num_threads()
-        )
-        ctx.save_for_backward(gate_up)
-        ctx.library = library
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Grads:
-        (gate_up,) = ctx.saved_tensors
-        grad, grad_gate_up = grads[0].contiguous(), torch.empty_like(gate_up)
-        width = gate_up.shape[-1]
-        ctx.library("swiglu_backward", grad.dtype)(
-            gate_up.data_ptr(), grad.data_ptr(), grad_gate_up.data_ptr(), gate_up.numel() // width, width // 2,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return grad_gate_up, None
-
-
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -206,12 +180,12 @@ class _Experts(torch.autograd.Function):
         x, ids, weights = x.contiguous(), ids.contiguous(), weights.float().contiguous()
         (T, A), (E, D, F_) = ids.shape, down.shape
         rows = T * A
-        y, results, hidden = torch.empty_like(x), x.new_empty(rows, D), x.new_empty(rows, 2 * F_)
+        y, hidden = torch.empty_like(x), x.new_empty(rows, 2 * F_)
         choice, place = (ids.new_empty(rows, dtype=torch.int32) for _ in range(2))
         start = ids.new_empty(E + 1, dtype=torch.int32)
         library("experts_forward", x.dtype)(
             x.data_ptr(), ids.data_ptr(), weights.data_ptr(), gate_up.data_ptr(), down.data_ptr(), y.data_ptr(),
-            hidden.data_ptr(), results.data_ptr(), choice.data_ptr(), place.data_ptr(), start.data_ptr(),
+            hidden.data_ptr(), choice.data_ptr(), place.data_ptr(), start.data_ptr(),
             _numbers(T, A, E, D, F_), torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(x, weights, gate_up, down, hidden, choice, place, start)
@@ -226,14 +200,42 @@ class _Experts(torch.autograd.Function):
         (T, A), (E, D, F_) = weights.shape, down.shape
         grad_x, grad_weights = torch.empty_like(x), torch.empty_like(weights)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        grad_hidden, gated, grad_rows = torch.empty_like(hidden), x.new_empty(T * A, F_), x.new_empty(T * A, D)
         ctx.library("experts_backward", x.dtype)(
             x.data_ptr(), weights.data_ptr(), gate_up.data_ptr(), down.data_ptr(), hidden.data_ptr(), grad.data_ptr(),
             grad_x.data_ptr(), grad_weights.data_ptr(), grad_gate_up.data_ptr(), grad_down.data_ptr(),
-            grad_hidden.data_ptr(), gated.data_ptr(), grad_rows.data_ptr(),
             choice.data_ptr(), place.data_ptr(), start.data_ptr(), _numbers(T, A, E, D, F_), torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, None, grad_weights, grad_gate_up, grad_down, None
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, library: Library) -> Tensor:
+        x = x.contiguous()
+        D, F_ = down.shape
+        T = x.numel() // D
+        y, hidden = torch.empty_like(x), x.new_empty(T, 2 * F_)
+        library("feed_forward_forward", x.dtype)(
+            x.data_ptr(), gate_up.data_ptr(), down.data_ptr(), y.data_ptr(), hidden.data_ptr(),
+            _numbers(T, D, F_), torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(x, gate_up, down, hidden)
+        ctx.library = library
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        x, gate_up, down, hidden = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        (D, F_), T = down.shape, len(hidden)
+        grad_x, grad_gate_up, grad_down = (torch.empty_like(tensor) for tensor in (x, gate_up, down))
+        ctx.library("feed_forward_backward", x.dtype)(
+            x.data_ptr(), gate_up.data_ptr(), down.data_ptr(), hidden.data_ptr(), grad.data_ptr(), grad_x.data_ptr(),
+            grad_gate_up.data_ptr(), grad_down.data_ptr(),
+            _numbers(T, D, F_), torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_x, grad_gate_up, grad_down, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -279,8 +281,8 @@ class CpuKernels:
     def attention(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:
         return _Attention.apply(q_BHTK, k_BGSK, v_BGSV, mask_BTS, scale, self.library)
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        return _Swiglu.apply(gate_up, self.library)
+    def feed_forward(self, x: Tensor, gate_up_FD: Tensor, down_DF: Tensor) -> Tensor:
+        return _FeedForward.apply(x, gate_up_FD, down_DF, self.library)
 
     def route(
         self,

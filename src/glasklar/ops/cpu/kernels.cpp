@@ -34,19 +34,6 @@ void rms_norm_backward(const T* x, int64_t stride, const T* weight, const float*
     }
 }
 
-template <class T>
-void swiglu_forward(const T* gate_up, T* y, int64_t rows, int64_t F, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < rows; ++i) swiglu_forward_row(gate_up + i * 2 * F, y + i * F, int(F));
-}
-
-template <class T>
-void swiglu_backward(const T* gate_up, const T* grad, T* grad_gate_up, int64_t rows, int64_t F, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < rows; ++i)
-        swiglu_backward_row(gate_up + i * 2 * F, grad + i * F, grad_gate_up + i * 2 * F, int(F));
-}
-
 // x [B, T, H, R] with strides, angles [B, T, R/2] with strides, y contiguous.
 template <class T>
 void rotate(const T* x, const int64_t* x_strides, const float* cosine, const float* sine, const int64_t* angle_strides,
@@ -108,53 +95,61 @@ void attention_backward(const T* q, const T* k, const T* v, const T* mask, float
 }
 
 // Weights of all experts laid out for products: `across` sums over a matrix's columns (x W^T), otherwise over its rows.
+// The memory is the calling thread's scratch `slot`.
 template <class T>
 struct ExpertWeights {
     using unit = typename Unit<T>::type;
-    ExpertWeights(const T* data, int64_t E, int64_t rows, int64_t columns, bool across, int threads)
+    ExpertWeights(const T* data, int64_t E, int64_t rows, int64_t columns, bool across, int slot, int threads)
         : numbers(int(across ? columns : rows)), results(int(across ? rows : columns)),
-          units(Packed<T>::units(numbers, results)), memory(new unit[units * E]) {
+          units(Packed<T>::units(numbers, results)), memory(Scratch::get<unit>(slot, units * E)) {
+        constexpr int PARTS = 4;
 #pragma omp parallel for num_threads(threads)
-        for (int64_t e = 0; e < E; ++e) {
-            auto row = [&](int i) { return data + (e * rows + i) * columns; };
-            if (across) (*this)[int(e)].transpose(results, numbers, row);
-            else (*this)[int(e)].stack(numbers, results, row);
+        for (int64_t i = 0; i < E * PARTS; ++i) {
+            const int64_t e = i / PARTS, part = i % PARTS;
+            auto row = [&](int r) { return data + (e * rows + r) * columns; };
+            Packed<T> packed = (*this)[int(e)];
+            const int vectors = packed.columns / LANES, from = int(vectors * part / PARTS), to = int(vectors * (part + 1) / PARTS);
+            if (across) packed.transpose(results, numbers, row, from * LANES, to * LANES);
+            else packed.stack(numbers, results, row, int(packed.depth * part / PARTS), int(packed.depth * (part + 1) / PARTS));
         }
     }
-    Packed<T> operator[](int e) const { return Packed<T>(memory.get() + e * units, numbers, results); }
+    Packed<T> operator[](int e) const { return Packed<T>(memory + e * units, numbers, results); }
 
     int numbers, results;
     std::size_t units;
-    std::unique_ptr<unit[]> memory;
+    unit* memory;
 };
 
 template <class T>
 void experts_forward(const T* x, const int64_t* ids, const float* weights, const T* gate_up, const T* down, T* y,
-                     T* hidden, T* results, int32_t* choice, int32_t* place, int32_t* start, const int64_t* shape,
-                     int threads) {
+                     T* hidden, int32_t* choice, int32_t* place, int32_t* start, const int64_t* shape, int threads) {
     const ExpertShape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
+    T* results = choice ? Scratch::get<T>(5, s.rows() * s.D) : y;
     const Plan plan{choice, place, start};
-    plan_rows(s, ids, plan);
-    const ExpertWeights<T> up(gate_up, s.E, 2 * s.F, s.D, true, threads), out(down, s.E, s.D, s.F, true, threads);
+    if (choice) plan_rows(s, ids, plan);
+    const ExpertWeights<T> up(gate_up, s.E, 2 * s.F, s.D, true, 3, threads), out(down, s.E, s.D, s.F, true, 4, threads);
     const int64_t blocks = count_blocks(s, start);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < blocks; ++i) {
         Block block = find_block(start, i);
         experts_forward_block(s, plan, block, x, weights, up[block.expert], out[block.expert], hidden, results);
     }
+    if (!choice) return;
 #pragma omp parallel for num_threads(threads)
     for (int64_t t = 0; t < s.T; ++t) join_row(s, place, results, t, y);
 }
 
 template <class T>
 void experts_backward(const T* x, const float* weights, const T* gate_up, const T* down, const T* hidden,
-                      const T* grad, T* grad_x, float* grad_weights, T* grad_gate_up, T* grad_down, T* grad_hidden,
-                      T* gated, T* grad_rows, int32_t* choice, int32_t* place, int32_t* start, const int64_t* shape,
-                      int threads) {
+                      const T* grad, T* grad_x, float* grad_weights, T* grad_gate_up, T* grad_down, int32_t* choice,
+                      int32_t* place, int32_t* start, const int64_t* shape, int threads) {
     const ExpertShape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
+    T* grad_rows = choice ? Scratch::get<T>(5, s.rows() * s.D) : grad_x;
+    T* grad_hidden = Scratch::get<T>(6, s.rows() * 2 * s.F);
+    T* gated = Scratch::get<T>(7, s.rows() * s.F);
     const Plan plan{choice, place, start};
     {
-        const ExpertWeights<T> up(gate_up, s.E, 2 * s.F, s.D, false, threads), out(down, s.E, s.D, s.F, false, threads);
+        const ExpertWeights<T> up(gate_up, s.E, 2 * s.F, s.D, false, 3, threads), out(down, s.E, s.D, s.F, false, 4, threads);
         const int64_t blocks = count_blocks(s, start);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (int64_t i = 0; i < blocks; ++i) {
@@ -163,20 +158,47 @@ void experts_backward(const T* x, const float* weights, const T* gate_up, const 
                                    grad_hidden, gated, grad_weights, grad_rows);
         }
     }
-#pragma omp parallel for num_threads(threads)
-    for (int64_t t = 0; t < s.T; ++t) join_row(s, place, grad_rows, t, grad_x);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t i = 0; i < 2 * s.E; ++i) {
-        const int64_t e = i / 2;
-        auto token = [&](int r) { return choice[r] / s.A; };
-        if (i % 2 == 0)
-            weight_gradient(start[e], start[e + 1], int(2 * s.F), int(s.D),
-                            [&](int r) { return grad_hidden + r * 2 * s.F; }, [&](int r) { return x + token(r) * s.D; },
-                            grad_gate_up + e * 2 * s.F * s.D);
-        else
-            weight_gradient(start[e], start[e + 1], int(s.D), int(s.F), [&](int r) { return grad + token(r) * s.D; },
-                            [&](int r) { return gated + r * s.F; }, grad_down + e * s.D * s.F);
+    const int up_parts = int((2 * s.F + WEIGHT_ROWS - 1) / WEIGHT_ROWS), down_parts = int((s.D + WEIGHT_ROWS - 1) / WEIGHT_ROWS);
+#pragma omp parallel num_threads(threads)
+    {
+        if (choice) {
+#pragma omp for nowait
+            for (int64_t t = 0; t < s.T; ++t) join_row(s, place, grad_rows, t, grad_x);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < s.E * (up_parts + down_parts); ++i) {
+            const int64_t e = i / (up_parts + down_parts);
+            const int part = int(i % (up_parts + down_parts)) - down_parts;
+            if (part < 0) {
+                const int from = (part + down_parts) * WEIGHT_ROWS, to = std::min(from + WEIGHT_ROWS, int(s.D));
+                weight_gradient(start[e], start[e + 1], from, to, int(s.F),
+                                [&](int r) { return grad + plan.token(r, s.A) * s.D; },
+                                [&](int r) { return gated + r * s.F; }, grad_down + e * s.D * s.F);
+            } else {
+                const int from = part * WEIGHT_ROWS, to = std::min(from + WEIGHT_ROWS, int(2 * s.F));
+                weight_gradient(start[e], start[e + 1], from, to, int(s.D),
+                                [&](int r) { return grad_hidden + r * 2 * s.F; },
+                                [&](int r) { return x + plan.token(r, s.A) * s.D; }, grad_gate_up + e * 2 * s.F * s.D);
+            }
+        }
     }
+}
+
+// A dense feed-forward is one expert for all tokens.
+template <class T>
+void feed_forward_forward(const T* x, const T* gate_up, const T* down, T* y, T* hidden, const int64_t* shape, int threads) {
+    const int64_t expert[] = {shape[0], 1, 1, shape[1], shape[2]};
+    int32_t start[] = {0, int32_t(shape[0])};
+    experts_forward<T>(x, nullptr, nullptr, gate_up, down, y, hidden, nullptr, nullptr, start, expert, threads);
+}
+
+template <class T>
+void feed_forward_backward(const T* x, const T* gate_up, const T* down, const T* hidden, const T* grad, T* grad_x,
+                           T* grad_gate_up, T* grad_down, const int64_t* shape, int threads) {
+    const int64_t expert[] = {shape[0], 1, 1, shape[1], shape[2]};
+    int32_t start[] = {0, int32_t(shape[0])};
+    experts_backward<T>(x, nullptr, gate_up, down, hidden, grad, grad_x, nullptr, grad_gate_up, grad_down, nullptr,
+                        nullptr, start, expert, threads);
 }
 
 RouteShape route_shape(const int64_t* s, float scaling) {
@@ -225,12 +247,6 @@ EXPORT void route_backward(const int64_t* ids, const float* scores, const float*
                                            T* gx, float* partial, T* gw, int64_t rows, int64_t D, int threads) {         \
         rms_norm_backward(x, stride, w, inverse, g, gx, partial, gw, rows, D, threads);                                  \
     }                                                                                                                    \
-    EXPORT void swiglu_forward_##suffix(const T* gu, T* y, int64_t rows, int64_t F, int threads) {                       \
-        swiglu_forward(gu, y, rows, F, threads);                                                                         \
-    }                                                                                                                    \
-    EXPORT void swiglu_backward_##suffix(const T* gu, const T* g, T* ggu, int64_t rows, int64_t F, int threads) {        \
-        swiglu_backward(gu, g, ggu, rows, F, threads);                                                                   \
-    }                                                                                                                    \
     EXPORT void rotate_##suffix(const T* x, const int64_t* xs, const float* c, const float* s, const int64_t* as,        \
                                 float direction, int interleave, T* y, int64_t B, int64_t length, int64_t H, int64_t R,  \
                                 int threads) {                                                                           \
@@ -255,16 +271,22 @@ EXPORT void route_backward(const int64_t* ids, const float* scores, const float*
         attention_backward(q, k, v, mask, scale, out, g, log_sums, spans, gq, gk, gv, shape, strides, threads);          \
     }                                                                                                                    \
     EXPORT void experts_forward_##suffix(const T* x, const int64_t* ids, const float* w, const T* gu, const T* d, T* y,  \
-                                         T* hidden, T* results, int32_t* choice, int32_t* place, int32_t* start,         \
+                                         T* hidden, int32_t* choice, int32_t* place, int32_t* start,                     \
                                          const int64_t* shape, int threads) {                                            \
-        experts_forward(x, ids, w, gu, d, y, hidden, results, choice, place, start, shape, threads);                     \
+        experts_forward(x, ids, w, gu, d, y, hidden, choice, place, start, shape, threads);                              \
     }                                                                                                                    \
     EXPORT void experts_backward_##suffix(const T* x, const float* w, const T* gu, const T* d, const T* hidden,          \
-                                          const T* g, T* gx, float* gw, T* ggu, T* gd, T* gh, T* gated, T* grows,        \
-                                          int32_t* choice, int32_t* place, int32_t* start, const int64_t* shape,         \
-                                          int threads) {                                                                 \
-        experts_backward(x, w, gu, d, hidden, g, gx, gw, ggu, gd, gh, gated, grows, choice, place, start, shape,         \
-                         threads);                                                                                       \
+                                          const T* g, T* gx, float* gw, T* ggu, T* gd, int32_t* choice, int32_t* place,  \
+                                          int32_t* start, const int64_t* shape, int threads) {                           \
+        experts_backward(x, w, gu, d, hidden, g, gx, gw, ggu, gd, choice, place, start, shape, threads);                 \
+    }                                                                                                                    \
+    EXPORT void feed_forward_forward_##suffix(const T* x, const T* gu, const T* d, T* y, T* hidden, const int64_t* shape, \
+                                              int threads) {                                                             \
+        feed_forward_forward(x, gu, d, y, hidden, shape, threads);                                                       \
+    }                                                                                                                    \
+    EXPORT void feed_forward_backward_##suffix(const T* x, const T* gu, const T* d, const T* hidden, const T* g, T* gx,  \
+                                               T* ggu, T* gd, const int64_t* shape, int threads) {                       \
+        feed_forward_backward(x, gu, d, hidden, g, gx, ggu, gd, shape, threads);                                         \
     }
 
 EXPORT_FOR(float, f32)

@@ -20,15 +20,15 @@ SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 BY_TYPE = {
     "rms_norm_forward": "plpfpplli",
     "rms_norm_backward": "plpppppplli",
-    "swiglu_forward": "pplli",
-    "swiglu_backward": "ppplli",
     "rotate": "ppppp" + "fip" + "lllli",
     "logprobs_forward": "ppppplli",
     "logprobs_backward": "ppppplli",
     "attention_forward": "ppppf" + "ppppp" + "i",
     "attention_backward": "ppppf" + "ppppppppp" + "i",
-    "experts_forward": "pppppp" + "ppppp" + "pi",
-    "experts_backward": "pppppp" + "pppp" + "ppp" + "ppp" + "pi",
+    "experts_forward": "ppppppp" + "ppp" + "pi",
+    "experts_backward": "pppppp" + "pppp" + "ppp" + "pi",
+    "feed_forward_forward": "ppppp" + "pi",
+    "feed_forward_backward": "pppppppp" + "pi",
 }
 FOR_FLOAT = {"route_forward": "ppppplpfi", "route_backward": "ppppplpfi"}
 
@@ -36,7 +36,7 @@ KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctyp
 
 
 class Library:
-    """One compiled variant. `library("swiglu_forward", dtype)` is the C function for tensors of that type."""
+    """One compiled variant. `library("rotate", dtype)` is the C function for tensors of that type."""
 
     def __init__(self, path: str) -> None:
         handle = ctypes.CDLL(path)

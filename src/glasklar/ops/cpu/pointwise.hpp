@@ -37,29 +37,11 @@ void rms_norm_backward_row(const T* x, const T* weight, float r, const T* grad, 
     });
 }
 
-template <class T>
-void swiglu_forward_row(const T* gate_up, T* y, int F) {
-    each_vector(F, [&](int i, int n) {
-        Floats gate = take(gate_up + i, n);
-        give(y + i, gate * sigmoid(gate) * take(gate_up + F + i, n), n);
-    });
-}
-
 // Gradients of gate and up for the gradient `g` of silu(gate) * up.
 inline void swiglu_gradient(Floats gate, Floats up, Floats g, Floats& grad_gate, Floats& grad_up) {
     Floats s = sigmoid(gate), silu = gate * s;
     grad_gate = g * up * (s + silu * (1.0f - s));
     grad_up = g * silu;
-}
-
-template <class T>
-void swiglu_backward_row(const T* gate_up, const T* grad, T* grad_gate_up, int F) {
-    each_vector(F, [&](int i, int n) {
-        Floats grad_gate, grad_up;
-        swiglu_gradient(take(gate_up + i, n), take(gate_up + F + i, n), take(grad + i, n), grad_gate, grad_up);
-        give(grad_gate_up + i, grad_gate, n);
-        give(grad_gate_up + F + i, grad_up, n);
-    });
 }
 
 // One vector of R values; `direction` -1 turns back. Pairs are neighbours, or first and second half.

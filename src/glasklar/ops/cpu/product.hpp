@@ -15,8 +15,9 @@ struct Unit {
     static float make(float a, float) { return a; }
     static Floats multiply_add(Floats total, float a, Floats b) { return total + a * b; }
     static Floats load(const float* p) { return glasklar::load(p); }
-    // Two rows of numbers as rows of units.
+    // Two rows of numbers as a row of units; the second one may be missing.
     static Floats join(Floats a, Floats) { return a; }
+    static Floats join(const T* a, const T*, int lanes) { return take(a, lanes); }
     static void store(float* p, Floats v) { glasklar::store(p, v); }
 };
 
@@ -38,6 +39,10 @@ struct Unit<bf16> {
     }
     static __m512i load(const uint32_t* p) { return _mm512_loadu_si512(p); }
     static Words join(Floats a, Floats b) { return round_bf16(a) | round_bf16(b) << 16; }
+    static Words join(const bf16* a, const bf16* b, int lanes) {
+        if (lanes == LANES) return b ? widen(a) | widen(b) << 16 : widen(a);
+        return join(take(a, lanes), b ? take(b, lanes) : Floats{});
+    }
     static void store(uint32_t* p, Words v) { std::memcpy(p, &v, sizeof v); }
 };
 #endif
@@ -72,10 +77,10 @@ class Packed {
         return data + std::size_t(panel) * depth + std::size_t(step) * width(column) + (column - panel);
     }
 
-    // Column c holds row c of the source: `row(c)` -> its numbers.
+    // Column c holds row c of the source: `row(c)` -> its numbers. Columns [from, to), whole vectors.
     template <class Row>
-    void transpose(int given, int numbers, Row row) {
-        for (int c = 0; c < columns; c += LANES) {
+    void transpose(int given, int numbers, Row row, int from, int to) {
+        for (int c = from; c < to; c += LANES) {
             int stride = width(c), valid = std::min(LANES, given - c);
             unit* out = at(0, c);
             for (int j = 0; j < LANES; ++j) {
@@ -90,19 +95,28 @@ class Packed {
             }
         }
     }
+    template <class Row>
+    void transpose(int given, int numbers, Row row) {
+        transpose(given, numbers, row, 0, columns);
+    }
 
     // The sum runs over the rows of the source: `row(r)` -> its `given` columns. Rows from `numbers` on count as zero.
+    // Steps [from, to).
     template <class Row>
-    void stack(int numbers, int given, Row row) {
-        for (int k = 0; k < depth; ++k) {
+    void stack(int numbers, int given, Row row, int from, int to) {
+        for (int k = from; k < to; ++k) {
             const T* first = k * size < numbers ? row(k * size) : nullptr;
             const T* second = size == 2 && k * size + 1 < numbers ? row(k * size + 1) : nullptr;
             for (int c = 0; c < columns; c += LANES) {
                 int lanes = std::max(0, std::min(LANES, given - c));
-                Floats a = first ? take(first + c, lanes) : Floats{}, b = second ? take(second + c, lanes) : Floats{};
-                Unit<T>::store(at(k, c), Unit<T>::join(a, b));
+                if (first) Unit<T>::store(at(k, c), Unit<T>::join(first + c, second ? second + c : nullptr, lanes));
+                else Unit<T>::store(at(k, c), Unit<T>::join(Floats{}, Floats{}));
             }
         }
+    }
+    template <class Row>
+    void stack(int numbers, int given, Row row) {
+        stack(numbers, given, row, 0, depth);
     }
 
     unit* data;

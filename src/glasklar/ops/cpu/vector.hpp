@@ -12,6 +12,9 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace glasklar {
 
@@ -42,11 +45,17 @@ inline Floats load(const float* p) {
     return v;
 }
 
-inline Floats load(const bf16* p) {
+inline Words widen(const bf16* p) {
     Halves h;
     std::memcpy(&h, p, sizeof h);
-    return reinterpret_cast<Floats>(__builtin_convertvector(h, Words) << 16);
+#if defined(__AVX512F__)
+    return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
+#else
+    return __builtin_convertvector(h, Words);
+#endif
 }
+
+inline Floats load(const bf16* p) { return reinterpret_cast<Floats>(widen(p) << 16); }
 
 // The upper 16 bits of each word after rounding to nearest even.
 inline Words round_bf16(Floats v) {
@@ -155,7 +164,16 @@ inline Floats exp(Floats x) {
     return x < -87.0f ? spread(0) : scaled;
 }
 
-inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
+inline Floats reciprocal(Floats x) {
+#if defined(__AVX512F__)
+    Floats r = reinterpret_cast<Floats>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+    return r * (2.0f - x * r);  // one step of Newton: 14 right bits become 28
+#else
+    return 1.0f / x;
+#endif
+}
+
+inline Floats sigmoid(Floats x) { return reciprocal(1.0f + exp(-x)); }
 
 // Memory of one thread that outlives a call, so that no call pays for fresh pages. Contents are undefined.
 class Scratch {
@@ -169,11 +187,17 @@ class Scratch {
     ~Scratch() { std::free(memory_); }
 
    private:
+    static constexpr std::size_t HUGE_PAGE = std::size_t(2) << 20;
+
     void* reserve(std::size_t bytes) {
         if (bytes > size_) {
             std::free(memory_);
-            size_ = (bytes + 4095) / 4096 * 4096;
-            memory_ = std::aligned_alloc(64, size_);
+            const std::size_t unit = bytes < HUGE_PAGE ? 4096 : HUGE_PAGE;
+            size_ = (bytes + unit - 1) / unit * unit;
+            memory_ = std::aligned_alloc(unit, size_);
+#if defined(__linux__)
+            if (unit == HUGE_PAGE) madvise(memory_, size_, MADV_HUGEPAGE);
+#endif
         }
         return memory_;
     }
