@@ -16,11 +16,14 @@ import yaml
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import DatasetCard, ModelCard
+from synthetic_run import write_run
 
 from glasklar.audit.documents import write_documents
 from glasklar.audit.documents_formats import Component, mof_class
 from glasklar.audit.documents_manifest import size_class
 from glasklar.audit.facts import RunFacts
+from glasklar.audit.german import german, german_plot
+from glasklar.audit.plots import plots
 from glasklar.provenance.ledger import Event
 from glasklar.provenance.rundir import RunDir
 
@@ -133,7 +136,7 @@ def test_every_document_follows_the_ledger(run: Path) -> None:
     assert all(after[name] != before[name] for name in before)
     for name, text in after.items():
         assert "ab" * 32 in text, name
-        assert re.search(r"123,?457", text), name
+        assert re.search(r"123[,.]?457", text), name
         assert RunFacts.read(RunDir(run)).events[-1].hash in text, name
     for name in ("README.md", "annex-xi.en.md", "annex-xi.de.md", "bom.cdx.json", "public-summary.de.md"):
         # 10 segments of 2e21 FLOP: a fifth of 1e23
@@ -196,3 +199,60 @@ def test_unfinished_run_has_no_documents(run: Path) -> None:
     (run / "ledger.jsonl").write_bytes(b"".join(line for line in lines if b'"event":"released"' not in line))
     write_documents(RunDir(run))
     assert not (run / "dossier").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("123,457 documents, 0.5 kWh, 96.1%", "123.457 documents, 0,5 kWh, 96,1%"),
+        ("1,077,760", "1.077.760"),
+        ("0.0117", "0,0117"),
+        ("3.91e+13 FLOP: das 3.9e-10-Fache", "3,91e+13 FLOP: das 3,9e-10-Fache"),
+        ("1.3 Text, glasklar 0.1.0, torch 2.13.0, CC0-1.0", "1.3 Text, glasklar 0.1.0, torch 2.13.0, CC0-1.0"),
+        ("3,17,9 und a,b und 2026-11-24", "3,17,9 und a,b und 2026-11-24"),
+        ("sum, letters, 4 Schichten", "sum, letters, 4 Schichten"),
+    ],
+)
+def test_numbers_as_germans_write_them(text: str, wanted: str) -> None:
+    assert german(text) == wanted
+
+
+def test_plots_of_the_german_page_are_in_german(tmp_path: Path) -> None:
+    facts = RunFacts.read(write_run(tmp_path / "run"))
+    names = {task["name"] for task in facts.recipe["tasks"]}
+    for plot in plots(facts):
+        drawn = german_plot(plot)
+        assert drawn.caption != plot.caption
+        assert plot.caption not in drawn.svg
+        for english, translated in zip(labels(plot.svg), labels(drawn.svg), strict=True):
+            known = english in names or translated != english or re.fullmatch(r"\d+%?|MTP \d", english)
+            assert known, f"{english!r} has no German label"
+            assert "." not in translated
+
+
+def labels(svg: str) -> list[str]:
+    return [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+
+
+def test_course_and_costs_stand_on_the_page(broken_pages: dict[str, str]) -> None:
+    assert "failed: the disk is full" in broken_pages["en"]
+    assert "Interrupted and resumed: 1×" in broken_pages["en"]
+    assert "Unterbrochen und fortgesetzt: 1×" in broken_pages["de"]
+    assert "Steps lost with it, or done again: 3 (2 s)" in broken_pages["en"]
+
+
+@pytest.fixture
+def broken_pages(run: Path) -> dict[str, str]:
+    """The dossier's pages of a run that failed once."""
+
+    def change(line: dict[str, Any]) -> None:
+        if line["event"] == "readiness":
+            line |= {"event": "failed", "data": {"error": "the disk is full", "lost": None}}
+        if line["event"] == "tokenizer":
+            line["event"], line["data"] = "resumed", {**line["data"], "lost": {"steps": 3, "seconds": 2.0}}
+
+    events = (run / "ledger.jsonl").read_bytes().splitlines()
+    assert any(b'"readiness"' in event for event in events)
+    changed_ledger(run, change)
+    write_documents(RunDir(run))
+    return {language: texts(run)[f"dossier.{language}.html"] for language in ("en", "de")}

@@ -5,13 +5,20 @@ The page has no scripts and no outside resources, and a content policy that woul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 
 
 @dataclass(frozen=True)
 class Heading:
+    text: str
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A heading above headings."""
+
     text: str
 
 
@@ -50,7 +57,22 @@ class Plot:
     caption: str
 
 
-Block = Heading | Paragraph | Items | Tiles | Table | Plot
+Block = Chapter | Heading | Paragraph | Items | Tiles | Table | Plot
+
+
+def worded(block: Block, say: Callable[[str], str]) -> Block:
+    """The block with all its words put otherwise; plots aside, whose words are in their picture."""
+    match block:
+        case Heading(text) | Paragraph(text) | Chapter(text):
+            return replace(block, text=say(text))
+        case Items(texts):
+            return Items([say(text) for text in texts])
+        case Tiles(tiles):
+            return Tiles([(say(label), say(value), say(note)) for label, value, note in tiles])
+        case Table(header, rows, caption, total):
+            return Table([say(c) for c in header], [[say(c) for c in row] for row in rows], say(caption), total)
+        case Plot():
+            return block
 
 
 def to_markdown(title: str, subtitle: str, blocks: Sequence[Block], plots_in: str) -> str:
@@ -61,6 +83,8 @@ def to_markdown(title: str, subtitle: str, blocks: Sequence[Block], plots_in: st
 
 def _markdown(block: Block, plots_in: str) -> str:
     match block:
+        case Chapter(text):
+            return f"# {_plain(text)}"
         case Heading(text):
             return f"## {_plain(text)}"
         case Paragraph(text):
@@ -85,7 +109,8 @@ def _plain(text: str) -> str:
 
 
 def to_html(title: str, subtitle: str, blocks: Sequence[Block], language: str = "en") -> str:
-    body = "\n".join(_html(block) for block in blocks)
+    level = 3 if any(isinstance(block, Chapter) for block in blocks) else 2
+    body = "\n".join(_html(block, level) for block in blocks)
     return f"""<!doctype html>
 <html lang="{language}">
 <head>
@@ -105,10 +130,13 @@ def to_html(title: str, subtitle: str, blocks: Sequence[Block], language: str = 
 """
 
 
-def _html(block: Block) -> str:
+def _html(block: Block, level: int) -> str:
+    """`level`: of headings below the title and, if there are some, below chapters."""
     match block:
+        case Chapter(text):
+            return f'<h2 class="chapter">{escape(text)}</h2>'
         case Heading(text):
-            return f"<h2>{escape(text)}</h2>"
+            return f"<h{level}>{escape(text)}</h{level}>"
         case Paragraph(text):
             return f"<p>{escape(text)}</p>"
         case Items(texts):
@@ -145,6 +173,8 @@ STYLE = """
 body { margin: 0 auto; max-width: 54rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 h1 { font-size: 1.9rem; margin: 0; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
+h3 { font-size: 1.1rem; margin: 1.75rem 0 .5rem; }
+h2.chapter { font-size: 1.5rem; margin-top: 3.5rem; padding-top: 1rem; border-top: 2px solid var(--grid); }
 header p { color: var(--soft); margin: .2rem 0 1.5rem; } p { max-width: 44rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .75rem; margin: 1.5rem 0; }
 .tiles div { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; }

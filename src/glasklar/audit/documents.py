@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from glasklar.audit.blocks import Block, Heading, Items, Plot, Table, to_html, to_markdown
+from glasklar.audit.blocks import Block, Chapter, Items, Plot, Table, to_html, to_markdown, worded
 from glasklar.audit.documents_cards import data_card, data_card_head, model_card, model_card_head
 from glasklar.audit.documents_formats import bom, mof, mof_class, mof_components
 from glasklar.audit.documents_legal import annex_xi, public_summary
 from glasklar.audit.documents_manifest import LANGUAGES, Say, manifest
 from glasklar.audit.facts import RunFacts
+from glasklar.audit.german import german as in_german
+from glasklar.audit.german import german_plot
 from glasklar.audit.plots import plots
 from glasklar.audit.report import duration, flops
 from glasklar.provenance.files import write_atomic, writing
@@ -60,9 +62,13 @@ def markdown(name: str, m: dict[str, Any], language: str) -> str:
     """One document."""
     say = LANGUAGES[language]
     english, german, make = MAKERS[name]
-    return to_markdown(
-        f"{say(english, german)}: {m['name']}", m["description"], make(m, say), f"dossier.{language}.html"
-    )
+    blocks = in_language(make(m, say), language)
+    return to_markdown(f"{say(english, german)}: {m['name']}", m["description"], blocks, f"dossier.{language}.html")
+
+
+def in_language(blocks: list[Block], language: str) -> list[Block]:
+    """The blocks with numbers as the language writes them."""
+    return [worded(block, in_german) for block in blocks] if language == "de" else blocks
 
 
 def page(facts: RunFacts, m: dict[str, Any], language: str) -> str:
@@ -70,10 +76,11 @@ def page(facts: RunFacts, m: dict[str, Any], language: str) -> str:
     say = LANGUAGES[language]
     blocks: list[Block] = []
     for english, german, make in MAKERS.values():
-        blocks += [Heading(f"— {say(english, german)} —"), *make(m, say)]
+        blocks += [Chapter(say(english, german)), *make(m, say)]
     reached, missing = mof_class(mof_components(m))
+    drawn = [german_plot(plot) if language == "de" else plot for plot in plots(facts)]
     blocks += [
-        Heading("— Model Openness Framework —"),
+        Chapter("Model Openness Framework"),
         Items(
             [
                 say("Class reached: ", "Erreichte Klasse: ") + (reached or "–"),
@@ -81,12 +88,13 @@ def page(facts: RunFacts, m: dict[str, Any], language: str) -> str:
                 + (", ".join(missing) or say("nothing", "nichts")),
             ]
         ),
-        Heading(say("— Course and cost —", "— Verlauf und Kosten —")),
+        Chapter(say("Course and cost", "Verlauf und Kosten")),
         *course(m, say),
-        Heading(say("— Plots —", "— Kurven —")),
-        *(Plot(plot.svg, plot.caption) for plot in plots(facts)),
+        Chapter(say("Plots", "Kurven")),
+        *(Plot(plot.svg, plot.caption) for plot in drawn),
     ]
-    return to_html(f"{say('Dossier of', 'Dossier von')} {m['name']}", m["description"], blocks, language)
+    title = f"{say('Dossier of', 'Dossier von')} {m['name']}"
+    return to_html(title, m["description"], in_language(blocks, language), language)
 
 
 def course(m: dict[str, Any], say: Say) -> list[Block]:

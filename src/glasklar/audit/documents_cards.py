@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from glasklar.audit.blocks import Block, Heading, Items, Paragraph, Table
-from glasklar.audit.documents_manifest import Say
+from glasklar.audit.documents_manifest import Say, moment
 from glasklar.audit.report import duration, flops, quantity
 
 SIZES = [
@@ -63,8 +63,8 @@ def model_card(m: dict[str, Any], say: Say) -> list[Block]:
                 + say("layers", "Schichten")
                 + f", {model['attention']}, {model['experts']} "
                 + say("routed experts a layer", "Experten je Schicht"),
-                say("Context: ", "Kontext: ") + f"{model['context']} Token" + say("s", ""),
-                say("Released: ", "Veröffentlicht: ") + m["released"],
+                say("Context: ", "Kontext: ") + f"{model['context']}" + say(" tokens", " Token"),
+                say("Released: ", "Veröffentlicht: ") + moment(m["released"]),
             ]
         ),
         Heading(say("How it was made", "Wie es entstand")),
@@ -114,7 +114,14 @@ def _stages(m: dict[str, Any], say: Say) -> Table:
         ]
         for stage in m["training"]["stages"]
     ]
-    header = [say("stage", "Stufe"), say("steps", "Schritte"), "Token", "FLOP", say("time", "Zeit"), "kWh"]
+    header = [
+        say("stage", "Stufe"),
+        say("steps", "Schritte"),
+        say("tokens", "Token"),
+        "FLOP",
+        say("time", "Zeit"),
+        "kWh",
+    ]
     return Table(header, rows, say("Stages of the training", "Stufen des Trainings"))
 
 
@@ -161,12 +168,13 @@ def data_card(m: dict[str, Any], say: Say) -> list[Block]:
         Items(
             [
                 f"{data['documents']:,} " + say("documents", "Dokumente"),
-                f"{data['bytes']:,} Bytes",
-                f"{data['tokens']:,} Token" + say("s", ""),
+                f"{data['bytes']:,} " + say("bytes", "Bytes"),
+                f"{data['tokens']:,} " + say("tokens", "Token"),
                 say("Kept from training, for evaluation: ", "Dem Training vorenthalten, zur Auswertung: ")
                 + f"{data['held_out_documents']:,} "
                 + say("documents", "Dokumente"),
                 say("Licences: ", "Lizenzen: ") + ", ".join(data["licences"]),
+                *_removed(m, say),
             ]
         ),
         Table(header, rows, say("Sources", "Quellen")),
@@ -187,3 +195,17 @@ def data_card(m: dict[str, Any], say: Say) -> list[Block]:
             ]
         ),
     ]
+
+
+def _removed(m: dict[str, Any], say: Say) -> list[str]:
+    """How many documents were left out, by reason; nothing where the data are the recipe's own problems."""
+    words = {
+        "duplicate": ("repeated text", "wiederholter Text"),
+        "near-duplicate": ("nearly the same as another", "fast wie ein anderes"),
+        "evaluation overlap": ("overlaps with an evaluation", "überschneidet sich mit einer Auswertung"),
+    }
+    if "removed" not in m["data"]:
+        return []
+    counts = [f"{say(*words[reason])}: {count:,}" for reason, count in sorted(m["data"]["removed"].items())]
+    said = "; ".join(counts) or say("none", "keine")
+    return [say("Left out, each listed with its reason: ", "Weggelassen, jedes mit Grund verzeichnet: ") + said]

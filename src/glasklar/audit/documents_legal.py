@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from glasklar.audit.blocks import Block, Heading, Items, Paragraph
-from glasklar.audit.documents_manifest import Say, size_class
+from glasklar.audit.documents_manifest import Say, moment, size_class
 
 
 def to_fill(say: Say, en: str, de: str) -> str:
@@ -42,8 +42,9 @@ def public_summary(m: dict[str, Any], say: Say) -> list[Block]:
     # Whether somebody's texts are public, licensed or of users, a recipe does not say.
     unsaid = to_fill(say, "whether of the sources under 2.6", "ob von den Quellen unter 2.6") if own else none
     acquired = to_fill(say, "date", "Datum") if public + own else m["released"][:10]
+    version = m["recipe"]["hash"][:12] + say(", of ", ", vom ") + moment(m["released"])
     return [
-        Paragraph(say("Version: ", "Fassung: ") + m["recipe"]["hash"][:12] + say(", of ", ", vom ") + m["released"]),
+        Paragraph(say("Version: ", "Fassung: ") + version),
         Heading(say("1 General information", "1 Allgemeine Angaben")),
         Items(
             [
@@ -52,7 +53,8 @@ def public_summary(m: dict[str, Any], say: Say) -> list[Block]:
                 + say("made from no other model; ", "aus keinem anderen Modell entstanden; ")
                 + to_fill(say, "date of placing on the Union market", "Datum des Inverkehrbringens in der Union"),
                 say("1.3 Text: ", "1.3 Text: ")
-                + f"{size_class(data['tokens'], say)} ({data['tokens']:,} Token, {data['documents']:,} "
+                + f"{size_class(data['tokens'], say)} ({data['tokens']:,} "
+                + say("tokens", "Token") + f", {data['documents']:,} "
                 + say("documents); no images, audio or video", "Dokumente); keine Bilder, Töne oder Videos"),
                 say("Latest acquisition of data: ", "Letzte Beschaffung von Daten: ") + acquired,
             ]
@@ -104,14 +106,14 @@ def annex_xi(m: dict[str, Any], say: Say) -> list[Block]:
                 say("(a) Tasks: ", "a) Aufgaben: ") + tasks + "; "
                 + to_fill(say, "systems it may be integrated in", "Systeme, in die es integriert werden kann"),
                 say("(b) Acceptable use: ", "b) Nutzungsbedingungen: ") + to_fill(say, "policy", "Regeln"),
-                say("(c) Released: ", "c) Freigabe: ") + m["released"] + "; "
+                say("(c) Released: ", "c) Freigabe: ") + moment(m["released"]) + "; "
                 + to_fill(say, "distribution", "Vertrieb"),
                 say("(d) Architecture: ", "d) Architektur: ")
                 + f"{model['design']}, {model['layers']} " + say("layers", "Schichten")
                 + f", {model['attention']}, {model['parameters']:,} " + say("parameters, ", "Parameter, ")
                 + f"{model['active_parameters']:,} " + say("active", "aktiv"),
                 say("(e) Input and output: text, ", "e) Ein- und Ausgabe: Text, ")
-                + say("at most ", "höchstens ") + f"{model['context']} Token",
+                + say("at most ", "höchstens ") + f"{model['context']} " + say("tokens", "Token"),
                 say("(f) Licence: ", "f) Lizenz: ") + licence,
             ]
         ),
@@ -125,12 +127,13 @@ def annex_xi(m: dict[str, Any], say: Say) -> list[Block]:
                 + say("; objectives: likelihood, and for RL a checker of answers; recipe ",
                       "; Ziele: Likelihood, beim RL ein Prüfer der Antworten; Rezept ") + m["recipe"]["hash"],
                 say("(c) Data: ", "c) Daten: ")
-                + f"{data['documents']:,} " + say("documents, ", "Dokumente, ") + f"{data['tokens']:,} Token; "
+                + f"{data['documents']:,} " + say("documents, ", "Dokumente, ") + f"{data['tokens']:,} "
+                + say("tokens; ", "Token; ")
                 + ", ".join(data["licences"]) + say("; Merkle root ", "; Merkle-Wurzel ") + data["root"] + "; "
                 + to_fill(say, "unsuitable sources, bias", "ungeeignete Quellen, Verzerrung"),
                 say("(d) Compute: ", "d) Rechenaufwand: ")
                 + f"{training['flop']:.3g} FLOP, {training['seconds']:.0f} s, "
-                + f"{m['machine'].get('cpu')}, {m['machine'].get('threads')} Threads",
+                + f"{m['machine'].get('cpu')}, {m['machine'].get('threads')} " + say("threads", "Threads"),
                 say("(e) Energy: ", "e) Energie: ")
                 + f"{training['kwh'] / 1000:.2g} MWh ({training['energy_source']}; "
                 + say("counted, not estimated: ", "gezählt, nicht geschätzt: ") + f"{training['energy_coverage']:.0%})",

@@ -129,6 +129,11 @@ def _segment(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def moment(time: str) -> str:
+    """A time of the ledger for people: "2026-01-20 08:00 UTC"."""
+    return f"{time[:10]} {time[11:16]} UTC"
+
+
 def size_class(tokens: int, say: Say) -> str:
     """Of the template for the public summary: under a billion tokens, up to ten trillion, above."""
     if tokens < 10**9:
