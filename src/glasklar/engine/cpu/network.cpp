@@ -1,0 +1,497 @@
+// The pass, and the C interface to it: plain pointers, nothing of Python or torch is linked.
+#include "network.hpp"
+
+#include "pack.hpp"
+
+namespace glasklar {
+
+Network::Network(const Shape& shape, const Layer* layers, const Embedding& embedding, const float* final_norm, const Matrix& head, int threads)
+    : shape_(shape), layers_(layers, layers + shape.layers), embedding_(embedding), head_(head), final_norm_(final_norm), pool_(threads) {
+    const int64_t T = shape.max_tokens, H = shape.heads;
+    padded_ = round_up(shape.width, GROUP);
+    int hidden = 0, expert_hidden = 0;
+    auto count = [&](const Matrix& w, double share) {
+        if (w.data) active_bytes_ += int64_t(share * w.copies * w.tiles() * tile_bytes(w.kind, w.inputs));
+    };
+    for (const Layer& layer : layers_) {
+        for (const Matrix* w : {&layer.q, &layer.kv}) in_.want(w->kind);
+        if (layer.q_up.data) q_in_.want(layer.q_up.kind);
+        if (latent()) nope_in_.want(layer.k_up.kind), mixed_in_.want(layer.v_up.kind);
+        out_in_.want(layer.out.kind);
+        if (layer.gate_up.data) feed_in_.want(layer.gate_up.kind), hidden_in_.want(layer.down.kind);
+        if (layer.router.data) feed_in_.want(layer.router.kind), feed_in_.want(layer.experts_gate_up.kind), expert_in_.want(layer.experts_down.kind);
+        hidden = std::max(hidden, layer.hidden);
+        expert_hidden = std::max(expert_hidden, layer.expert_hidden);
+        for (const Matrix* w : {&layer.q, &layer.q_up, &layer.kv, &layer.k_up, &layer.v_up, &layer.out, &layer.gate_up, &layer.down, &layer.router}) count(*w, 1);
+        if (shape.experts) count(layer.experts_gate_up, double(shape.active) / shape.experts), count(layer.experts_down, double(shape.active) / shape.experts);
+    }
+    head_in_.want(head.kind);
+    count(head, 1);
+    in_.reserve(T, shape.width);
+    q_in_.reserve(T, std::max(shape.q_latent, 1));
+    nope_in_.reserve(latent() ? T * H : 0, std::max(shape.nope, 1));
+    mixed_in_.reserve(latent() ? T * H : 0, std::max(shape.latent, 1));
+    out_in_.reserve(T, H * shape.value);
+    feed_in_.reserve(T, shape.width);
+    hidden_in_.reserve(T, std::max(hidden, 1));
+    expert_in_.reserve(T * shape.active, std::max(expert_hidden, 1));
+    head_in_.reserve(T, shape.width);
+    x_.resize(T * padded_);
+    normed_.resize(T * padded_);
+    q_.resize(T * round_up(H * (shape.nope + shape.rope), GROUP));
+    q_latent_.resize(T * round_up(std::max(shape.q_latent, 1), GROUP));
+    kv_.resize(T * round_up(cache_width(), GROUP));
+    (shape.float_cache ? void(wide_query_.resize(T * H * key_width())) : void(narrow_query_.resize(T * H * key_width())));
+    mixed_.resize(T * H * round_up(mixed_width(), GROUP));
+    joined_.resize(T * round_up(H * shape.value, GROUP));
+    router_.resize(T * round_up(std::max(shape.experts, 1), TILE));
+    for (int64_t i = 0; i < T * std::max<int64_t>(H, 1); ++i) every_.push_back(i);
+    by_head_.resize(T * H);
+    for (int64_t h = 0; h < H; ++h)
+        for (int64_t t = 0; t < T; ++t) by_head_[h * T + t] = t * H + h;
+    chosen_.resize(T * shape.active);
+    weights_.resize(T * shape.active);
+    expert_rows_.resize(T * shape.active);
+    expert_tokens_.resize(T * shape.active);
+    expert_slots_.resize(T * shape.active);
+    expert_start_.resize(shape.experts + 1);
+    scratch_.resize(threads);
+    for (Scratch& s : scratch_) {
+        s.products.resize(4 * 64 * TILE);
+        s.row.resize(round_up(std::max(padded_, mixed_width()), GROUP));
+        s.values.resize(2 * HEADS * round_up(mixed_width(), LANES));
+    }
+}
+
+void Network::run(const Pass& pass) {
+    pass_ = pass;
+    const int blocks = shape_.attention_tasks();
+    int longest = 0;
+    for (int t = 0; t < pass.tokens; ++t) longest = std::max(longest, pass.positions[t] + 1);
+    // Few queries over many keys: the spans of a query are shared among the threads.
+    spans_ = pass.tokens * blocks < 8 && longest > SPAN ? (longest + SPAN - 1) / SPAN : 0;
+    if (spans_) {
+        const int width = round_up(mixed_width(), LANES);
+        const int64_t all = int64_t(pass.tokens) * blocks * spans_;
+        if (int64_t(span_.size()) < all) span_.resize(all), span_values_.resize(all * HEADS * width);
+        for (int64_t i = 0; i < all; ++i) span_[i].values = &span_values_[i * HEADS * width], span_[i].width = width;
+    }
+    const bool alone = double(pass.tokens) * active_bytes_ < 2e6;
+    auto body_of = [this](Worker& me) { shape_.float_cache ? body<float>(me) : body<bf16>(me); };
+    pool_.run(shape_.layers * 16 + 8, alone, body_of);
+}
+
+void Network::norm(const float* x, int64_t width, const float* weight, float eps, float* out) {
+    Floats squares{};
+    const int64_t whole = width / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) squares = fma(load(x + i), load(x + i), squares);
+    float total = sum(squares);
+    for (int64_t i = whole; i < width; ++i) total += x[i] * x[i];
+    const float inverse = 1 / std::sqrt(total / float(width) + eps);
+    for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(x + i) * inverse * load(weight + i));
+    for (int64_t i = whole; i < width; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+void Network::rotate(float* x, int position) const {
+    const int half = shape_.rope / 2;
+    const float *cosine = pass_.cosine + int64_t(position) * half, *sine = pass_.sine + int64_t(position) * half;
+    for (int i = 0; i < half; ++i) {
+        float& a = shape_.interleave ? x[2 * i] : x[i];
+        float& b = shape_.interleave ? x[2 * i + 1] : x[i + half];
+        const float first = a * cosine[i] - b * sine[i];
+        b = b * cosine[i] + a * sine[i];
+        a = first;
+    }
+}
+
+template <class Emit>
+void Network::tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit) {
+    // Blocks of rows stay in the near cache while the tiles pass by.
+    for (int row = 0; row < count; row += 64)
+        for (int tile = first; tile < last; ++tile)
+            multiply(w, copy, tile, in, row_list + row, std::min(64, count - row), [&](int i, Floats v) { emit(row + i, tile * TILE, v); });
+}
+
+// Task number `task` of a matrix that meets the rows of all tokens.
+template <class Emit>
+void Network::dense(const Matrix& w, int task, const Rows& in, Emit emit) {
+    const int first = task * run_length(w);
+    tiles(w, 0, first, std::min(first + run_length(w), w.tiles()), in, every_.data(), pass_.tokens, emit);
+}
+
+template <class T>
+void Network::body(Worker& me) {
+    me.parallel([this] { return pass_.tokens; }, [&](int t) {
+        const int64_t from = int64_t(pass_.ids[t]) * shape_.width;
+        for (int i = 0; i < shape_.width; ++i)
+            x_[int64_t(t) * padded_ + i] = embedding_.narrow ? value(static_cast<const bf16*>(embedding_.rows)[from + i])
+                                                             : static_cast<const float*>(embedding_.rows)[from + i];
+    });
+    for (int i = 0; i < shape_.layers; ++i) {
+        attention<T>(me, layers_[i], i);
+        feed_forward(me, layers_[i]);
+    }
+    output(me);
+}
+
+template <class T>
+void Network::attention(Worker& me, const Layer& layer, int index) {
+    const Shape& s = shape_;
+    const int H = s.heads, K = s.nope + s.rope, KEY = key_width(), MIXED = round_up(mixed_width(), GROUP);
+    const int64_t q_row = round_up(H * K, GROUP), latent_row = round_up(std::max(s.q_latent, 1), GROUP), kv_row = round_up(cache_width(), GROUP);
+    auto tokens = [this] { return pass_.tokens; };
+    auto into = [](Buffer<float>& buffer, int64_t row_size, int limit) {
+        return [&buffer, row_size, limit](int i, int column, Floats v) {
+            std::memcpy(&buffer[i * row_size + column], &v, 4 * std::min(TILE, limit - column));
+        };
+    };
+    T* query = reinterpret_cast<T*>(s.float_cache ? static_cast<void*>(wide_query_.data()) : static_cast<void*>(narrow_query_.data()));
+
+    me.parallel(tokens, [&](int t) {
+        norm(&x_[int64_t(t) * padded_], s.width, layer.attention_norm, s.eps, &normed_[int64_t(t) * padded_]);
+        prepare(&normed_[int64_t(t) * padded_], in_.rows, t);
+    });
+    Buffer<float>& first_q = layer.q_up.data ? q_latent_ : q_;
+    me.parallel([&] { return tasks(layer.q) + tasks(layer.kv); }, [&](int i) {
+        if (i < tasks(layer.q)) dense(layer.q, i, in_.rows, into(first_q, layer.q_up.data ? latent_row : q_row, layer.q.outputs));
+        else dense(layer.kv, i - tasks(layer.q), in_.rows, into(kv_, kv_row, layer.kv.outputs));
+    });
+    me.parallel(tokens, [&](int t) {
+        if (layer.q_up.data) {
+            float* row = &q_latent_[t * latent_row];
+            norm(row, s.q_latent, layer.q_latent_norm, s.latent_eps, row);
+            prepare(row, q_in_.rows, t);
+        }
+        latent() ? store_latents<T>(layer, index, t) : store_keys<T>(layer, index, t);
+    });
+    if (layer.q_up.data)
+        me.parallel([&] { return tasks(layer.q_up); }, [&](int i) { dense(layer.q_up, i, q_in_.rows, into(q_, q_row, layer.q_up.outputs)); });
+    me.parallel(tokens, [&](int t) {
+        for (int h = 0; h < H; ++h) {
+            float* q = &q_[t * q_row + h * K];
+            T* to = query + (int64_t(t) * H + h) * KEY;
+            if (layer.q_norm) norm(q, K, layer.q_norm, s.eps, q);
+            rotate(q + s.nope, pass_.positions[t]);
+            if (!latent()) {
+                for (int i = 0; i < K; ++i) put(to + i, q[i]);
+                continue;
+            }
+            for (int i = 0; i < s.rope; ++i) put(to + s.latent + i, q[s.nope + i]);
+            float padded[1024] = {};
+            std::memcpy(padded, q, 4 * s.nope);
+            prepare(padded, nope_in_.rows, int64_t(t) * H + h);
+        }
+    });
+    if (latent())  // q_nope . W_UK: queries move into the space of the latents
+        me.parallel([&] { return tasks(layer.k_up); }, [&](int i) {
+            const int each = tasks(layer.k_up) / H, h = i / each, first = i % each * run_length(layer.k_up);
+            const int64_t* list = &by_head_[int64_t(h) * s.max_tokens];
+            tiles(layer.k_up, h, first, std::min(first + run_length(layer.k_up), layer.k_up.tiles()), nope_in_.rows, list, pass_.tokens,
+                  [&](int t, int column, Floats v) {
+                      for (int j = 0; j < TILE && column + j < s.latent; ++j) put(query + (int64_t(t) * H + h) * KEY + column + j, v[j]);
+                  });
+        });
+    me.parallel([&] { return pass_.tokens * s.attention_tasks() * std::max(1, spans_); }, [&](int i) { attend_task<T>(me, layer, index, i); });
+    me.parallel(tokens, [&](int t) {
+        if (spans_) join_spans(layer, t);
+        if (!latent()) return;
+        for (int h = 0; h < H; ++h) prepare(&mixed_[(int64_t(t) * H + h) * MIXED], mixed_in_.rows, int64_t(t) * H + h);
+    });
+    const int64_t joined_row = round_up(H * s.value, GROUP);
+    if (latent())
+        me.parallel([&] { return tasks(layer.v_up); }, [&](int i) {
+            const int each = tasks(layer.v_up) / H, h = i / each, first = i % each * run_length(layer.v_up);
+            tiles(layer.v_up, h, first, std::min(first + run_length(layer.v_up), layer.v_up.tiles()), mixed_in_.rows,
+                  &by_head_[int64_t(h) * s.max_tokens], pass_.tokens, [&](int t, int column, Floats v) {
+                      std::memcpy(&joined_[t * joined_row + h * s.value + column], &v, 4 * std::min(TILE, s.value - column));
+                  });
+        });
+    me.parallel(tokens, [&](int t) {
+        if (!latent())
+            for (int h = 0; h < H; ++h) std::memcpy(&joined_[t * joined_row + h * s.value], &mixed_[(int64_t(t) * H + h) * MIXED], 4 * s.value);
+        prepare(&joined_[t * joined_row], out_in_.rows, t);
+    });
+    me.parallel([&] { return tasks(layer.out); }, [&](int i) {
+        dense(layer.out, i, out_in_.rows, [&](int t, int column, Floats v) { add_to(t, column, v); });
+    });
+}
+
+// The token's latent, normalised, and its turned key go into the cache (V2 eq. 9, 14-15).
+template <class T>
+void Network::store_latents(const Layer& layer, int index, int token) {
+    float* row = &kv_[int64_t(token) * round_up(cache_width(), GROUP)];
+    norm(row, shape_.latent, layer.latent_norm, shape_.latent_eps, row);
+    rotate(row + shape_.latent, pass_.positions[token]);
+    T* to = const_cast<T*>(cache_row<T>(index, token, pass_.positions[token]));
+    for (int i = 0; i < cache_width(); ++i) put(to + i, row[i]);
+}
+
+template <class T>
+void Network::store_keys(const Layer& layer, int index, int token) {
+    const int K = key_width(), V = shape_.value;
+    float* row = &kv_[int64_t(token) * round_up(cache_width(), GROUP)];
+    T* to = const_cast<T*>(cache_row<T>(index, token, pass_.positions[token]));
+    for (int g = 0; g < shape_.kv_heads; ++g) {
+        float *key = row + g * K, *values = row + shape_.kv_heads * K + g * V;
+        if (layer.k_norm) norm(key, K, layer.k_norm, shape_.eps, key);
+        rotate(key + shape_.nope, pass_.positions[token]);
+        for (int i = 0; i < K; ++i) put(to + g * (K + V) + i, key[i]);
+        for (int i = 0; i < V; ++i) put(to + g * (K + V) + K + i, values[i]);
+    }
+}
+
+// One query token, up to eight heads, and one span or all of them.
+template <class T>
+void Network::attend_task(Worker& me, const Layer& layer, int index, int task) {
+    const Shape& s = shape_;
+    const int blocks = s.attention_tasks(), span = spans_ ? task % spans_ : 0, pair = spans_ ? task / spans_ : task;
+    const int t = pair / blocks, block = pair % blocks, groups = latent() ? 1 : s.kv_heads, shared = s.heads / groups;
+    const int each = blocks / groups, group = block / each, head = group * shared + block % each * HEADS;
+    const int heads = std::min(HEADS, group * shared + shared - head), end = pass_.positions[t] + 1;
+    const int begin = layer.window ? std::max(0, end - layer.window) : 0;
+    const int KEY = key_width(), value_at = latent() ? 0 : KEY;
+    const T* query = reinterpret_cast<const T*>(s.float_cache ? static_cast<const void*>(wide_query_.data()) : static_cast<const void*>(narrow_query_.data()));
+    query += (int64_t(t) * s.heads + head) * KEY;
+    const T* rows[SPAN];
+    auto one = [&](int first, Mixed& out) {
+        const int from = std::max(first, begin), to = std::min(first + SPAN, end);
+        for (int p = from; p < to; ++p) rows[p - from] = cache_row<T>(index, t, p) + (latent() ? 0 : group * (KEY + s.value));
+        if (from < to) attend(query, heads, KEY, rows, to - from, value_at, mixed_width(), s.softmax_scale, out);
+        else out.clear();
+    };
+    if (spans_) return one(span * SPAN, span_[task]);
+    Scratch& scratch = scratch_[me.thread()];
+    const int width = round_up(mixed_width(), LANES);
+    Mixed all{{}, {}, scratch.values.data(), width}, next{{}, {}, scratch.values.data() + HEADS * width, width};
+    begin_mix(layer, head, heads, all);
+    for (int first = begin / SPAN * SPAN; first < end; first += SPAN) {
+        one(first, next);
+        all.join(next, heads);
+    }
+    finish_mix(all, t, head, heads);
+}
+
+void Network::begin_mix(const Layer& layer, int head, int heads, Mixed& all) const {
+    all.clear();
+    // A sink is a score without a value (arXiv 2309.17453; gpt-oss).
+    for (int h = 0; layer.sinks && h < heads; ++h) all.top[h] = layer.sinks[head + h], all.total[h] = 1;
+}
+
+void Network::finish_mix(const Mixed& all, int token, int head, int heads) {
+    const int row = round_up(mixed_width(), GROUP);
+    for (int h = 0; h < heads; ++h) all.finish(h, &mixed_[(int64_t(token) * shape_.heads + head + h) * row], mixed_width());
+}
+
+void Network::join_spans(const Layer& layer, int token) {
+    const int blocks = shape_.attention_tasks(), groups = latent() ? 1 : shape_.kv_heads, shared = shape_.heads / groups, each = blocks / groups;
+    const int end = pass_.positions[token] + 1, begin = layer.window ? std::max(0, end - layer.window) : 0;
+    for (int block = 0; block < blocks; ++block) {
+        const int group = block / each, head = group * shared + block % each * HEADS, heads = std::min(HEADS, group * shared + shared - head);
+        const int width = round_up(mixed_width(), LANES);
+        Buffer<float> values(HEADS * width);
+        Mixed all{{}, {}, values.data(), width};
+        begin_mix(layer, head, heads, all);
+        for (int span = begin / SPAN; span * SPAN < end; ++span) all.join(span_[(token * blocks + block) * spans_ + span], heads);
+        finish_mix(all, token, head, heads);
+    }
+}
+
+void Network::feed_forward(Worker& me, const Layer& layer) {
+    const Shape& s = shape_;
+    me.parallel([this] { return pass_.tokens; }, [&](int t) {
+        norm(&x_[int64_t(t) * padded_], s.width, layer.feed_norm, s.eps, &normed_[int64_t(t) * padded_]);
+        prepare(&normed_[int64_t(t) * padded_], feed_in_.rows, t);
+    });
+    const int router_row = round_up(std::max(s.experts, 1), TILE);
+    auto units = [](const Matrix& w) { return w.data ? w.tiles() / 4 : 0; };           // of 32 hidden values
+    auto run = [](const Matrix& w) { return std::max(1, run_length(w) / 4); };         // units a task
+    auto runs = [&](const Matrix& w) { return (units(w) + run(w) - 1) / run(w); };
+    me.parallel([&] { return tasks(layer.router) + runs(layer.gate_up); }, [&](int i) {
+        if (i < tasks(layer.router))
+            return dense(layer.router, i, feed_in_.rows, [&](int t, int column, Floats v) { store(&router_[int64_t(t) * router_row + column], v); });
+        const int first = (i - tasks(layer.router)) * run(layer.gate_up);
+        hidden_task(layer.gate_up, 0, first, std::min(first + run(layer.gate_up), units(layer.gate_up)), feed_in_.rows, every_.data(), pass_.tokens,
+                    hidden_in_.rows, 0, scratch_[me.thread()]);
+    });
+    if (layer.router.data) {
+        me.parallel([this] { return pass_.tokens; }, [&](int t) { route(layer, t); });
+        me.once([&] { group_by_expert(); });
+        me.parallel([&] { return int(busy_.size()) * runs(layer.experts_gate_up); }, [&](int i) {
+            const Matrix& w = layer.experts_gate_up;
+            const int e = busy_[i / runs(w)], first = i % runs(w) * run(w), start = expert_start_[e];
+            hidden_task(w, e, first, std::min(first + run(w), units(w)), feed_in_.rows, &expert_tokens_[start], expert_start_[e + 1] - start,
+                        expert_in_.rows, start, scratch_[me.thread()]);
+        });
+    }
+    const int64_t bytes = (layer.down.data ? tile_bytes(layer.down.kind, layer.down.inputs) : 0) +
+                          (layer.router.data ? int64_t(s.active) * tile_bytes(layer.experts_down.kind, layer.experts_down.inputs) : 0);
+    const int all = padded_ / TILE, each = pass_.tokens >= 64 ? 4 : int(std::max<int64_t>(1, (64 << 10) / bytes));
+    me.parallel([&] { return (all + each - 1) / each; }, [&](int i) {
+        const int first = i * each, last = std::min(first + each, (s.width + TILE - 1) / TILE);
+        if (layer.down.data)
+            tiles(layer.down, 0, first, last, hidden_in_.rows, every_.data(), pass_.tokens, [&](int t, int column, Floats v) { add_to(t, column, v); });
+        if (!layer.router.data) return;
+        for (int e : busy_) {  // ascending, so that a token's experts are added in a fixed order
+            const int start = expert_start_[e];
+            tiles(layer.experts_down, e, first, last, expert_in_.rows, &every_[start], expert_start_[e + 1] - start, [&](int r, int column, Floats v) {
+                add_to(int(expert_tokens_[start + r]), column, v * weights_[expert_slots_[start + r]]);
+            });
+        }
+    });
+}
+
+// silu(gate) * up for units of 32 hidden values, made ready for the next product. Tiles: all of the gate, then all of up.
+void Network::hidden_task(const Matrix& w, int copy, int unit_first, int unit_last, const Rows& in, const int64_t* row_list, int count,
+                          const Rows& out, int64_t out_first, Scratch& scratch) {
+    const int up = w.tiles() / 2;
+    float* products = scratch.products.data();
+    for (int row = 0; row < count; row += 64) {
+        const int rows = std::min(64, count - row);
+        for (int unit = unit_first; unit < unit_last; ++unit) {
+            const int tile[4] = {2 * unit, 2 * unit + 1, up + 2 * unit, up + 2 * unit + 1};
+            for (int part = 0; part < 4; ++part)
+                multiply(w, copy, tile[part], in, row_list + row, rows, [&](int i, Floats v) { store(products + (i * 4 + part) * TILE, v); });
+            for (int i = 0; i < rows; ++i) {
+                float* p = products + i * 4 * TILE;
+                for (int half = 0; half < 2; ++half) store(p + half * TILE, silu(load(p + half * TILE)) * load(p + (2 + half) * TILE));
+                prepare_group(p, out, out_first + row + i, unit);
+            }
+        }
+    }
+}
+
+// V3 eq. 12-16. Ties go to the lower index.
+void Network::route(const Layer& layer, int token) {
+    const int E = shape_.experts, A = shape_.active, G = shape_.groups, each = E / G;
+    const float* logits = &router_[int64_t(token) * round_up(E, TILE)];
+    float scores[4096], ranked[4096];
+    if (shape_.sigmoid) {
+        for (int e = 0; e < E; ++e) scores[e] = 1 / (1 + exp1(-logits[e]));
+    } else {
+        float top = *std::max_element(logits, logits + E), total = 0;
+        for (int e = 0; e < E; ++e) total += scores[e] = exp1(logits[e] - top);
+        for (int e = 0; e < E; ++e) scores[e] /= total;
+    }
+    for (int e = 0; e < E; ++e) ranked[e] = scores[e] + (layer.router_bias ? layer.router_bias[e] : 0);
+    auto take_best = [](float* from, int count) {
+        int best = 0;
+        for (int i = 1; i < count; ++i)
+            if (from[i] > from[best]) best = i;
+        return best;
+    };
+    if (G > 1) {
+        float by_group[4096];
+        for (int g = 0; g < G; ++g) {
+            const float* r = ranked + g * each;
+            float first = -INFINITY, second = -INFINITY;
+            for (int i = 0; i < each; ++i) {
+                if (r[i] > first) second = first, first = r[i];
+                else if (r[i] > second) second = r[i];
+            }
+            by_group[g] = shape_.sigmoid ? first + second : first;
+        }
+        bool kept[4096] = {};
+        for (int i = 0; i < shape_.groups_kept; ++i) {
+            int best = take_best(by_group, G);
+            kept[best] = true;
+            by_group[best] = -INFINITY;
+        }
+        for (int e = 0; e < E; ++e)
+            if (!kept[e / each]) ranked[e] = -INFINITY;
+    }
+    int32_t* chosen = &chosen_[int64_t(token) * A];
+    float* weights = &weights_[int64_t(token) * A];
+    float total = 0;
+    for (int a = 0; a < A; ++a) {
+        chosen[a] = take_best(ranked, E);
+        ranked[chosen[a]] = -INFINITY;
+        total += weights[a] = scores[chosen[a]];
+    }
+    for (int a = 0; a < A; ++a) weights[a] = (shape_.normalise ? weights[a] / (total + 1e-20f) : weights[a]) * shape_.scaling;
+}
+
+// Rows of the expert buffers: expert by expert, within one in the order of the tokens.
+void Network::group_by_expert() {
+    const int A = shape_.active, slots = pass_.tokens * A;
+    std::fill(expert_start_.begin(), expert_start_.end(), 0);
+    for (int i = 0; i < slots; ++i) ++expert_start_[chosen_[i] + 1];
+    busy_.clear();
+    for (int e = 0; e < shape_.experts; ++e) {
+        if (expert_start_[e + 1]) busy_.push_back(e);
+        expert_start_[e + 1] += expert_start_[e];
+    }
+    Buffer<int32_t> next(expert_start_.begin(), expert_start_.end() - 1);
+    for (int i = 0; i < slots; ++i) {
+        const int row = next[chosen_[i]]++;
+        expert_tokens_[row] = i / A;
+        expert_slots_[row] = i;
+    }
+}
+
+void Network::output(Worker& me) {
+    me.parallel([this] { return pass_.outputs; }, [&](int i) {
+        float* row = &normed_[int64_t(i) * padded_];
+        norm(&x_[int64_t(pass_.output_tokens[i]) * padded_], shape_.width, final_norm_, shape_.eps, row);
+        prepare(row, head_in_.rows, i);
+    });
+    me.parallel([&] { return pass_.outputs ? tasks(head_) : 0; }, [&](int i) {
+        const int first = i * run_length(head_);
+        tiles(head_, 0, first, std::min(first + run_length(head_), head_.tiles()), head_in_.rows, every_.data(), pass_.outputs,
+              [&](int r, int column, Floats v) { store(pass_.logits + int64_t(r) * padded_vocabulary() + column, v); });
+    });
+    me.parallel([this] { return pass_.outputs; }, [&](int i) {
+        Choice c = choose(pass_.logits + int64_t(i) * padded_vocabulary(), shape_.vocabulary, pass_.temperatures[i], pass_.uniforms[i]);
+        pass_.chosen[i] = c.token;
+        pass_.logprobs[i] = c.logprob;
+    });
+}
+
+}  // namespace glasklar
+
+using namespace glasklar;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// 2 if this CPU runs the AVX-512 build (VNNI, BF16), 1 for AVX2, 0 otherwise.
+EXPORT int glasklar_level() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+    return 0;
+}
+
+EXPORT Network* glasklar_network(const Shape* shape, const Layer* layers, const Embedding* embedding, const float* final_norm, const Matrix* head, int threads) {
+    return new Network(*shape, layers, *embedding, final_norm, *head, threads);
+}
+EXPORT void glasklar_free(Network* network) { delete network; }
+EXPORT void glasklar_pass(Network* network, const Pass* pass) { network->run(*pass); }
+
+EXPORT int64_t glasklar_tile_bytes(int kind, int inputs) { return tile_bytes(kind, inputs); }
+
+// Tiles [first, last) of one matrix; `narrow`: the source is bf16, else float.
+EXPORT void glasklar_pack(int kind, int narrow, const void* source, int64_t stride, int outputs, int inputs, int first, int last, uint8_t* to) {
+    for (int t = first; t < last; ++t, to += tile_bytes(kind, inputs)) {
+        if (narrow) pack_tile(kind, static_cast<const bf16*>(source), stride, t * TILE, outputs, inputs, to);
+        else pack_tile(kind, static_cast<const float*>(source), stride, t * TILE, outputs, inputs, to);
+    }
+}
+
+EXPORT void glasklar_unpack(const Matrix* w, int copy, float* to) {
+    for (int row = 0; row < w->outputs; ++row)
+        for (int i = 0; i < w->inputs; ++i) to[int64_t(row) * w->inputs + i] = unpacked(*w, copy, row, i);
+}
+
+// y [rows, outputs rounded up to 16] = x [rows, inputs rounded up to 32] times the matrix, as the pass multiplies; for tests and benches.
+EXPORT void glasklar_multiply(const Matrix* w, int copy, const float* x, int rows, float* y) {
+    Prepared in;
+    in.want(w->kind);
+    in.reserve(rows, w->inputs);
+    std::vector<int64_t> list(rows);
+    for (int i = 0; i < rows; ++i) prepare(x + int64_t(i) * in.rows.width, in.rows, list[i] = i);
+    for (int t = 0; t < w->tiles(); ++t)
+        multiply(*w, copy, t, in.rows, list.data(), rows, [&](int i, Floats v) { store(y + int64_t(i) * w->tiles() * TILE + t * TILE, v); });
+}

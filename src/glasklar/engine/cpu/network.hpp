@@ -1,0 +1,161 @@
+// One pass of the network over tokens of any number of sequences: prompts, single tokens and drafts side by side.
+//
+// Every value of a token is computed from that token's row and the cache alone, in an order that its position fixes: its
+// logits are the same bits whatever else is in the pass. Equations: DeepSeek-V2 (arXiv 2405.04434) eq. 9-19 with the
+// up-projections absorbed, DeepSeek-V3 (arXiv 2412.19437) eq. 12-16. Shape suffixes: see model/config.py.
+#pragma once
+
+#include <vector>
+
+#include "attention.hpp"
+#include "matrix.hpp"
+#include "pool.hpp"
+#include "sample.hpp"
+
+namespace glasklar {
+
+// The structs below are mirrored in engine/native.py.
+struct Shape {
+    int32_t layers, width, heads, kv_heads, latent, q_latent, nope, rope, value, vocabulary;
+    int32_t experts, active, groups, groups_kept, sigmoid, normalise;
+    int32_t interleave, page, float_cache, max_tokens;
+    float scaling, eps, latent_eps, softmax_scale;
+
+    // Attention is cut by up to eight heads that share their keys.
+    int attention_tasks() const {
+        const int groups_of_heads = latent ? 1 : kv_heads, shared = heads / groups_of_heads;
+        return groups_of_heads * ((shared + HEADS - 1) / HEADS);
+    }
+};
+
+struct Layer {
+    const float *attention_norm, *feed_norm, *q_latent_norm, *latent_norm, *q_norm, *k_norm, *sinks, *router_bias;
+    Matrix q, q_up, kv, k_up, v_up, out;      // grouped-query attention: q, kv (keys, then values), out
+    Matrix gate_up, down;                     // dense feed-forward or shared experts
+    Matrix router, experts_gate_up, experts_down;
+    int32_t window, hidden, expert_hidden, unused;  // hidden widths are padded to whole groups
+};
+
+// One row a token, as in the checkpoint.
+struct Embedding {
+    const void* rows;
+    int64_t narrow;  // bf16, else float
+};
+
+// A pass. Token t stands at positions[t] of sequence sequences[t], whose cache pages are tables[sequence].
+struct Pass {
+    int32_t tokens, outputs;
+    const int32_t *ids, *positions, *sequences;
+    const int32_t* const* tables;
+    uint8_t* cache;            // [layers, pages, page, cache width]
+    int64_t layer_stride;      // bytes of one layer's pages
+    const float *cosine, *sine;  // [positions, rope / 2]
+    const int32_t* output_tokens;  // tokens whose logits are wanted
+    float* logits;             // [outputs, padded vocabulary]
+    const float* temperatures;
+    const double* uniforms;
+    int32_t* chosen;
+    float* logprobs;
+};
+
+template <class T>
+using Buffer = std::vector<T>;
+
+// Rows of activations in the forms that some matrices ask for.
+struct Prepared {
+    Buffer<float> wide;
+    Buffer<bf16> narrow;
+    Buffer<int8_t> bytes;
+    Buffer<float> scales;
+    Buffer<int32_t> sums;
+    Rows rows;
+
+    void want(int kind) { kinds_ |= 1 << kind; }
+    void reserve(int64_t count, int values) {
+        rows.width = round_up(values, GROUP);
+        int64_t all = count * rows.width;
+        if (kinds_ & 1 << FLOAT) wide.resize(all), rows.wide = wide.data();
+        if (kinds_ & 1 << BF16) narrow.resize(all), rows.narrow = narrow.data();
+        if (kinds_ & (1 << INT8 | 1 << INT4)) {
+            bytes.resize(all), scales.resize(all / GROUP), sums.resize(all / GROUP);
+            rows.bytes = bytes.data(), rows.scales = scales.data(), rows.sums = sums.data();
+        }
+    }
+
+   private:
+    int kinds_ = 0;
+};
+
+class Network {
+   public:
+    Network(const Shape& shape, const Layer* layers, const Embedding& embedding, const float* final_norm, const Matrix& head, int threads);
+    void run(const Pass& pass);
+    int padded_vocabulary() const { return head_.tiles() * TILE; }
+
+   private:
+    struct Scratch {
+        Buffer<float> products, row, values;
+    };
+    bool latent() const { return shape_.latent > 0; }
+    int key_width() const { return latent() ? shape_.latent + shape_.rope : shape_.nope + shape_.rope; }
+    int mixed_width() const { return latent() ? shape_.latent : shape_.value; }
+    int cache_width() const { return latent() ? key_width() : shape_.kv_heads * (key_width() + shape_.value); }
+
+    template <class T> void body(Worker& me);
+    template <class T> void attention(Worker& me, const Layer& layer, int index);
+    template <class T> void store_latents(const Layer& layer, int index, int token);
+    template <class T> void store_keys(const Layer& layer, int index, int token);
+    template <class T> void attend_task(Worker& me, const Layer& layer, int index, int task);
+    template <class T> const T* cache_row(int layer, int token, int position) const {
+        const int page = pass_.tables[pass_.sequences[token]][position / shape_.page];
+        const uint8_t* rows = pass_.cache + layer * pass_.layer_stride;
+        return reinterpret_cast<const T*>(rows) + (int64_t(page) * shape_.page + position % shape_.page) * cache_width();
+    }
+    void begin_mix(const Layer& layer, int head, int heads, Mixed& all) const;
+    void finish_mix(const Mixed& all, int token, int head, int heads);
+    void join_spans(const Layer& layer, int token);
+    void add_to(int token, int column, Floats v) {
+        float* x = &x_[int64_t(token) * padded_ + column];
+        store(x, load(x) + v);
+    }
+    void feed_forward(Worker& me, const Layer& layer);
+    void output(Worker& me);
+    void route(const Layer& layer, int token);
+    void group_by_expert();
+
+    static void norm(const float* x, int64_t width, const float* weight, float eps, float* out);
+    void rotate(float* x, int position) const;
+    // Products with all tiles [first, last) of a copy; rows are row_list[0..count) of `in`; emit(i, column, values).
+    template <class Emit>
+    static void tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit);
+    template <class Emit>
+    void dense(const Matrix& w, int task, const Rows& in, Emit emit);
+    void hidden_task(const Matrix& w, int copy, int unit_first, int unit_last, const Rows& in, const int64_t* row_list, int count,
+                     const Rows& out, int64_t out_first, Scratch& scratch);
+    // Tiles of one task: enough to stream, few enough to share out evenly.
+    static int run_length(const Matrix& w) { return w.data ? std::max<int64_t>(1, (64 << 10) / tile_bytes(w.kind, w.inputs)) : 1; }
+    static int tasks(const Matrix& w) { return w.data ? (w.tiles() + run_length(w) - 1) / run_length(w) * w.copies : 0; }
+
+    Shape shape_;
+    std::vector<Layer> layers_;
+    Embedding embedding_;
+    Matrix head_;
+    const float* final_norm_;
+    Pool pool_;
+    Pass pass_{};
+    int64_t active_bytes_ = 0;
+
+    int padded_ = 0;  // width, in whole groups
+    Buffer<float> x_, normed_, q_, q_latent_, kv_, mixed_, joined_, router_;
+    Buffer<bf16> narrow_query_;
+    Buffer<float> wide_query_, span_values_;
+    Buffer<Mixed> span_;
+    Prepared in_, q_in_, nope_in_, mixed_in_, out_in_, feed_in_, hidden_in_, expert_in_, head_in_;
+    Buffer<int64_t> every_, by_head_, expert_rows_, expert_tokens_, expert_slots_;
+    Buffer<int32_t> chosen_, expert_start_, busy_;
+    Buffer<float> weights_;
+    std::vector<Scratch> scratch_;
+    int spans_ = 0;  // spans a query is cut into for parallel work; 0: a task takes all of them
+};
+
+}  // namespace glasklar

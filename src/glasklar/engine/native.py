@@ -1,0 +1,115 @@
+"""The C++ pass over packed weights and a paged cache."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glasklar.engine.cpu.library import Embedding, Layer, Pass, Shape
+from glasklar.engine.packed import PackedModel
+from glasklar.model.attention import inverse_frequencies
+
+LATENT_EPS = 1e-6  # the norms within MLA have one of their own
+
+
+class NativeNetwork:
+    """One network ready for passes of up to `max_tokens` tokens over `pages` cache pages of `page` tokens.
+
+    float_cache   cache and attention in fp32 instead of bf16: for tests against other implementations
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        model: PackedModel,
+        *,
+        threads: int,
+        page: int = 16,
+        max_tokens: int = 512,
+        float_cache: bool = False,
+    ) -> None:
+        c = model.config
+        self.library, self.model, self.config = library, model, c
+        self.page, self.max_tokens = page, max_tokens
+        self.cache_dtype = torch.float32 if float_cache else torch.bfloat16
+        shape = Shape(
+            layers=c.num_hidden_layers, width=c.hidden_size, heads=c.num_attention_heads, kv_heads=c.kv_heads,
+            latent=c.kv_lora_rank or 0, q_latent=c.q_lora_rank or 0, nope=c.qk_nope_head_dim or 0, rope=c.rope_dim,
+            value=c.value_head_dim, vocabulary=c.vocab_size, experts=c.n_routed_experts or 0,
+            active=c.num_experts_per_tok or 0, groups=c.n_group, groups_kept=c.topk_group,
+            sigmoid=c.scoring_func == "sigmoid", normalise=c.norm_topk_prob, interleave=c.rope_interleave, page=page,
+            float_cache=float_cache, max_tokens=max_tokens, scaling=c.routed_scaling_factor, eps=c.rms_norm_eps,
+            latent_eps=LATENT_EPS, softmax_scale=c.softmax_scale,
+        )  # fmt: skip
+        layers = (Layer * c.num_hidden_layers)()
+        for to, layer in zip(layers, model.layers, strict=True):
+            to.hidden, to.expert_hidden = layer.hidden, layer.expert_hidden
+            for name, vector in layer.vectors.items():
+                setattr(to, name, vector.data_ptr())
+            for name, matrix in layer.matrices.items():
+                setattr(to, name, matrix.struct())
+        embedding = Embedding(rows=model.embedding.data_ptr(), narrow=model.embedding.dtype == torch.bfloat16)
+        self._handle = library.glasklar_network(
+            ctypes.byref(shape), layers, ctypes.byref(embedding), model.final_norm.data_ptr(),
+            ctypes.byref(model.head.struct()), threads,
+        )  # fmt: skip
+        self.vocabulary = c.vocab_size
+        self.padded_vocabulary = -(-c.vocab_size // 16) * 16
+        self._inverse, self._factor = inverse_frequencies(c)
+        self._cosine = self._sine = np.zeros((0, 0), np.float32)
+        self._reach(256)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.library.glasklar_free(self._handle)
+
+    def _reach(self, length: int) -> None:
+        """Rotary angles up to a position."""
+        if length > len(self._cosine):
+            angles = torch.arange(1 << (length - 1).bit_length())[:, None].float() * self._inverse
+            self._cosine = (angles.cos() * self._factor).numpy()
+            self._sine = (angles.sin() * self._factor).numpy()
+
+    def new_cache(self, pages: int) -> Tensor:
+        """[layers, pages, page, cache width]"""
+        c = self.config
+        return torch.zeros(c.num_hidden_layers, pages, self.page, c.cache_width, dtype=self.cache_dtype)
+
+    def run(
+        self,
+        cache: Tensor,
+        ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        tables: Sequence[NDArray[np.int32]],
+        outputs: NDArray[np.int32],
+        temperatures: NDArray[np.float32],
+        uniforms: NDArray[np.float64],
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
+        """A pass over tokens (ids, positions, sequences: [T]), whose latents or keys are written to the cache; token
+        t's sequence has the pages tables[sequences[t]].
+
+        outputs        places of the tokens whose logits are wanted [O]
+        temperatures   and uniform numbers [O]: how the next tokens are drawn
+        Returns logits [O, W], the tokens drawn [O] and their log-probabilities [O].
+        """
+        count = len(outputs)
+        self._reach(int(positions.max()) + 1)
+        logits = np.empty((count, self.padded_vocabulary), np.float32)
+        chosen, logprobs = np.empty(count, np.int32), np.empty(count, np.float32)
+        pointers = np.array([table.ctypes.data for table in tables], np.uintp)
+        arguments = Pass(
+            tokens=len(ids), outputs=count, ids=ids.ctypes.data, positions=positions.ctypes.data,
+            sequences=sequences.ctypes.data, tables=pointers.ctypes.data, cache=cache.data_ptr(),
+            layer_stride=cache.stride(0) * cache.element_size(), cosine=self._cosine.ctypes.data,
+            sine=self._sine.ctypes.data, output_tokens=outputs.ctypes.data, logits=logits.ctypes.data,
+            temperatures=temperatures.ctypes.data, uniforms=uniforms.ctypes.data, chosen=chosen.ctypes.data,
+            logprobs=logprobs.ctypes.data,
+        )  # fmt: skip
+        self.library.glasklar_pass(self._handle, ctypes.byref(arguments))
+        return logits[:, : self.vocabulary], chosen, logprobs

@@ -1,0 +1,172 @@
+"""The C++ pass. Oracles: the PyTorch network in fp32; itself alone, in other company, in other builds."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from glasklar.engine.cpu import library
+from glasklar.engine.native import NativeNetwork
+from glasklar.engine.packed import KINDS, Packer, pack
+from glasklar.model.attention import document_mask
+from glasklar.model.config import ModelConfig
+from glasklar.model.transformer import Transformer
+
+MLA = {
+    "vocab_size": 97, "hidden_size": 72, "num_hidden_layers": 3, "num_attention_heads": 5, "kv_lora_rank": 40,
+    "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20, "intermediate_size": 100, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "n_shared_experts": 1, "moe_intermediate_size": 52, "first_k_dense_replace": 1,
+    "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+GQA = {
+    "vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 12, "num_key_value_heads": 1,
+    "head_dim": 16, "intermediate_size": 100, "rope_interleave": False, "attention_bias": True,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.7}
+SHAPES = {
+    "mla": MLA,
+    "query latents, biases": {**MLA, "q_lora_rank": 36, "attention_bias": True},
+    "softmax gate": {**MLA, "scoring_func": "softmax", "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
+    "yarn": {**MLA, "rope_scaling": YARN},
+    "gqa": GQA,
+    "gqa, experts": {**GQA, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 33},
+}
+LENGTHS = (3, 40, 300)  # the last reaches into a second span of keys
+BUILDS = [name for name in library.VARIANTS if library.load(name) is not None]
+pytestmark = pytest.mark.skipif(not BUILDS, reason="the C++ pass is not compiled (no compiler at installation)")
+
+
+def network(shape: str) -> Transformer:
+    torch.manual_seed(3)
+    model = Transformer(ModelConfig(**SHAPES[shape])).requires_grad_(False)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        torch.nn.init.uniform_(tensor, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(tensor, std=0.1)
+    return model
+
+
+def native(model: Transformer, build: str, kind: str = "float32", threads: int = 2) -> NativeNetwork:
+    compiled = library.load(build)
+    assert compiled is not None
+    parameters = dict(model.state_dict())
+    packed = pack(model.config, parameters.__getitem__, Packer(compiled, KINDS[kind], threads))
+    return NativeNetwork(compiled, packed, threads=threads, max_tokens=512, float_cache=kind == "float32")
+
+
+def prompts(model: Transformer) -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(0, model.config.vocab_size, length).tolist() for length in LENGTHS]
+
+
+def logits_of(net: NativeNetwork, sequences: Sequence[Sequence[int]], chunk: int) -> list[NDArray[np.float32]]:
+    """Logits of every token; all sequences advance together by `chunk` tokens a pass, over scattered cache pages."""
+    cache = net.new_cache(64)
+    pages = iter(np.random.default_rng(chunk).permutation(64).tolist())
+    tables = [np.array([next(pages) for _ in range(-(-len(s) // net.page))], np.int32) for s in sequences]
+    found: list[list[NDArray[np.float32]]] = [[] for _ in sequences]
+    for start in range(0, max(map(len, sequences)), chunk):
+        tokens = [(s[p], p, i) for i, s in enumerate(sequences) for p in range(start, min(start + chunk, len(s)))]
+        ids, positions, owners = (np.array(column, np.int32) for column in zip(*tokens, strict=True))
+        count = len(tokens)
+        logits, _, _ = net.run(
+            cache, ids, positions, owners, tables, np.arange(count, dtype=np.int32),
+            np.zeros(count, np.float32), np.zeros(count),
+        )  # fmt: skip
+        for row, owner in zip(logits, owners, strict=True):
+            found[owner].append(row.copy())
+    return [np.array(rows) for rows in found]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float_logits_are_those_of_the_network(shape: str) -> None:
+    model = network(shape)
+    found = logits_of(native(model, BUILDS[0]), prompts(model), 512)
+    for prompt, logits in zip(prompts(model), found, strict=True):
+        ids_BT = torch.tensor([prompt])
+        at = model.at(torch.arange(len(prompt))[None], document_mask(torch.zeros_like(ids_BT), torch.float32))
+        wanted = model.logits(model(ids_BT, at).hidden_BTD)[0].numpy()
+        assert np.abs(logits - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["query latents, biases", "gqa, experts"])
+def test_same_bits_alone_in_company_in_any_chunks_threads_and_builds(shape: str, kind: str) -> None:
+    model = network(shape)
+    together = logits_of(native(model, BUILDS[0], kind), prompts(model), 512)
+    assert all(np.isfinite(logits).all() for logits in together)
+    for build in BUILDS:
+        net = native(model, build, kind, threads=1)
+        for wanted, prompt in zip(together, prompts(model), strict=True):
+            for chunk in (1, 7) if build == BUILDS[0] else (64,):
+                [alone] = logits_of(net, [prompt], chunk)
+                assert np.array_equal(alone, wanted), (build, chunk, len(prompt))
+
+
+def as_multiplied(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Activations as a product sees them: rounded to bf16, or to 8 bits with a scale for each 32."""
+    if kind == "float32":
+        return x
+    if kind == "bfloat16":
+        return x.bfloat16().float()
+    groups = x.unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(("kind", "rounding"), [("float32", 0), ("bfloat16", 0.004), ("int8", 0.005), ("int4", 0.08)])
+def test_products_of_odd_shapes(build: str, kind: str, rounding: float) -> None:
+    compiled = library.load(build)
+    assert compiled is not None
+    for outputs, inputs, rows in ((1, 1, 1), (37, 70, 19), (16, 32, 64), (100, 33, 7)):
+        torch.manual_seed(rows)
+        weight, x = torch.randn(outputs, inputs), torch.zeros(rows, -(-inputs // 32) * 32)
+        x[:, :inputs] = torch.randn(rows, inputs)
+        packed = Packer(compiled, KINDS[kind], 1).matrix(weight)
+        matrix = packed.struct()
+        seen, y = torch.empty_like(weight), torch.empty(rows, -(-outputs // 16) * 16)
+        compiled.glasklar_unpack(ctypes.byref(matrix), 0, seen.data_ptr())
+        compiled.glasklar_multiply(ctypes.byref(matrix), 0, x.data_ptr(), rows, y.data_ptr())
+        assert (seen - weight).abs().max() <= rounding * weight.abs().max()
+        exact = as_multiplied(x, kind)[:, :inputs].double() @ seen.double().T
+        assert (y[:, :outputs] - exact).abs().max() <= 2e-6 * max(1.0, float(exact.abs().max()))
+
+
+def test_tokens_are_drawn_from_the_logits() -> None:
+    model = network("mla")
+    net = native(model, BUILDS[0])
+    prompt = np.array(prompts(model)[1], np.int32)
+    count = len(prompt)
+    uniforms = np.random.default_rng(0).random(count)
+    temperatures = np.where(np.arange(count) % 2, 0.7, 0.0).astype(np.float32)
+    logits, chosen, logprobs = net.run(
+        net.new_cache(8), prompt, np.arange(count, dtype=np.int32), np.zeros(count, np.int32),
+        [np.arange(8, dtype=np.int32)], np.arange(count, dtype=np.int32), temperatures, uniforms,
+    )  # fmt: skip
+    exact = torch.tensor(logits, dtype=torch.float64)
+    for row in range(count):
+        if temperatures[row] == 0:
+            assert chosen[row] == exact[row].argmax()
+        else:
+            cumulative = (exact[row] / 0.7).softmax(-1).cumsum(-1).numpy()
+            before = cumulative[chosen[row] - 1] if chosen[row] else 0.0
+            assert before - 1e-6 <= uniforms[row] <= cumulative[chosen[row]] + 1e-6
+    assert np.allclose(logprobs, exact.log_softmax(-1)[np.arange(count), chosen], atol=1e-5)
+
+
+def test_a_row_that_is_not_finite_stays_with_itself() -> None:
+    model = network("mla")
+    clean = logits_of(native(model, BUILDS[0], "int4"), prompts(model)[:2], 64)
+    bad = prompts(model)[0]
+    model.embed_tokens.weight[bad[0]] = float("nan")
+    other = [[token for token in prompts(model)[1] if token != bad[0]]]
+    [wanted] = logits_of(native(model, BUILDS[0], "int4"), other, 64)
+    damaged, beside = logits_of(native(model, BUILDS[0], "int4"), [bad, *other], 64)
+    assert np.isnan(damaged).any()
+    assert np.array_equal(beside, wanted)
+    assert all(np.isfinite(logits).all() for logits in clean)
