@@ -66,9 +66,12 @@ def test_rms_norm_against_reference(twin: Ops, shape: tuple[int, ...], dtype: to
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize("heads", [None, 3])
-def test_rotate_against_reference(twin: Ops, heads: int | None, interleave: bool, dtype: torch.dtype) -> None:
-    angles = normal(2, 5, 6, seed=3) * 9
-    shape = (2, 5, 12) if heads is None else (2, 5, heads, 12)
+@pytest.mark.parametrize(("K", "R"), [(12, 12), (28, 12), (48, 32)])
+def test_rotate_against_reference(
+    twin: Ops, heads: int | None, interleave: bool, K: int, R: int, dtype: torch.dtype
+) -> None:
+    angles = normal(2, 5, R // 2, seed=3) * 9
+    shape = (2, 5, K) if heads is None else (2, 5, heads, K)
     cos, sin = (angles.cos(), angles.sin()) if heads is None else (angles.cos()[:, :, None], angles.sin()[:, :, None])
     check(REFERENCE.rotate, twin.rotate, [leaf(*shape, seed=4, dtype=dtype), cos, sin, interleave], dtype)
 

@@ -132,9 +132,7 @@ class LatentAttention(nn.Module):
         else:
             q = self.q_b_proj(self._norm(self.q_a_proj(x_BTD), self.q_a_layernorm))
         q_BTHK = q.unflatten(-1, (-1, self.N + self.R))
-        nope, rope = q_BTHK.split((self.N, self.R), dim=-1)
-        rope = self.ops.rotate(rope, at.cos_BTR[:, :, None], at.sin_BTR[:, :, None], self.config.rope_interleave)
-        return torch.cat((nope, rope), dim=-1)
+        return self.ops.rotate(q_BTHK, at.cos_BTR[:, :, None], at.sin_BTR[:, :, None], self.config.rope_interleave)
 
     def _latents(self, x_BTD: Tensor, at: Positions) -> tuple[Tensor, Tensor]:
         """Normalised latent [B, T, C] and turned shared key [B, T, R] (eq. 1, 3)."""

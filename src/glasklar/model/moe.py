@@ -107,8 +107,9 @@ def balance_loss(routing: Routing, segments_BT: Tensor, active: int) -> Tensor:
     """
     B, T = segments_BT.shape
     E = routing.scores_TE.shape[-1]
-    chosen = F.one_hot(routing.ids_TA, E).sum(1).view(B, T, E).float()
-    f_BE = chosen.mean(1) * (E / active)
+    row_T1 = torch.arange(B, device=routing.ids_TA.device).repeat_interleave(T)[:, None]
+    chosen_BE = torch.bincount((row_T1 * E + routing.ids_TA).flatten(), minlength=B * E).view(B, E)
+    f_BE = chosen_BE / T * (E / active)
     scores = routing.scores_TE.view(B, T, E)
     p_BE = (scores / scores.sum(-1, keepdim=True)).mean(1)
     return (f_BE * p_BE).sum(-1).mean()

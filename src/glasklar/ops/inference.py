@@ -27,6 +27,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
     """As `reference.rotate`; neighbours are one complex number."""
+    if x.shape[-1] > 2 * cos.shape[-1]:
+        rest, tail = x.split((x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+        return torch.cat((rest, rotate(tail, cos, sin, interleave)), dim=-1)
     if not interleave:
         return reference.rotate(x, cos, sin, interleave)
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))

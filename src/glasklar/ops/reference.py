@@ -19,10 +19,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on the last axis R of `x` [..., R]; cos, sin broadcast to [..., R/2].
+    """Rotary positions (arXiv 2104.09864) on the last R values of `x` [..., K]; what stands before them stays.
 
+    cos, sin     broadcast to [..., R/2]
     interleave   pairs are neighbours (DeepSeek), otherwise first and second half (Llama)
     """
+    if x.shape[-1] > 2 * cos.shape[-1]:
+        rest, tail = x.split((x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+        return torch.cat((rest, rotate(tail, cos, sin, interleave)), dim=-1)
     wide = x.float()
     if interleave:
         even, odd = wide[..., 0::2], wide[..., 1::2]

@@ -19,6 +19,7 @@ struct Heads {
 
 struct AttentionShape {
     int64_t B, H, G, T, S, K, V;
+    int64_t items() const { return B * G; }
 };
 
 constexpr int QUERY_BLOCK = 24;                 // a multiple of every tile_rows()
@@ -116,6 +117,24 @@ struct AttentionWork {
         }
     }
 
+    // Heads lie apart in memory, which hardware does not foresee: while a block is worked on, the rows in its place of
+    // the next item are asked for.
+    void prefetch(const Heads<const T>& source, int64_t heads, int64_t length, int width, int from, int count) const {
+        const int64_t next = b * s.G + g + 1, group = heads / s.G;
+        if (next == s.items()) return;
+        const int last = std::min(from + count, int(group * length));
+        for (int i = from; i < last; ++i) {
+            const T* row = source.row(next / s.G, next % s.G * group + i / int(length), i % int(length));
+            for (int byte = 0; byte < width * int(sizeof(T)); byte += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
+        }
+    }
+    void prefetch_inputs(int from, int count) const {
+        prefetch(q, s.H, s.T, int(s.K), from, count);
+        prefetch(k, s.G, s.S, int(s.K), from, count);
+        prefetch(v, s.G, s.S, int(s.V), from, count);
+    }
+
     // handle(row in block, key, scaled and masked scores of LANES keys)
     template <class Handle>
     void each_score(const QueryBlock& block, Handle handle) const {
@@ -161,6 +180,7 @@ void attention_forward_item(AttentionWork<T> work, Heads<T> out, float* log_sums
     values.stack(int(s.S), int(s.V), [&](int i) { return work.v.row(work.b, work.g, i); });
     for (int r = 0; r < work.rows; r += QUERY_BLOCK) {
         const QueryBlock block = work.block(r, work.rows);
+        work.prefetch_inputs(r, QUERY_BLOCK);
         T* results[QUERY_BLOCK];
         float inverse[QUERY_BLOCK];
         work.each_score(block, [&](int m, int n, Floats x) { store(work.scores + m * work.keys + n, x); });
@@ -217,6 +237,9 @@ class AttentionBackward {
             const int last = std::min(r + QUERIES_TOGETHER, work.rows);
             for (int i = r; i < last; i += QUERY_BLOCK) {
                 const QueryBlock block = work.block(i, last);
+                work.prefetch_inputs(i, QUERY_BLOCK);
+                work.prefetch(out, s.H, s.T, V, i, QUERY_BLOCK);
+                work.prefetch(grad, s.H, s.T, V, i, QUERY_BLOCK);
                 make_scores(block);
                 pair_rows(block, (i - r) / size);
                 ranges[(i - r) / QUERY_BLOCK] = {block.from, block.to, 0};

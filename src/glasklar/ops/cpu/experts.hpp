@@ -14,7 +14,7 @@ struct ExpertShape {
 
 constexpr int TOKEN_BLOCK = 48;   // rows of one expert that go through both products together
 constexpr int WEIGHT_BLOCK = 128;  // rows that one update of a weight gradient takes in
-constexpr int WEIGHT_ROWS = 192;   // rows of a weight gradient that one thread makes at a time
+constexpr int WEIGHT_ROWS = 192;   // rows of a weight gradient that are made together at most
 
 // Choices in the order of their experts; ties keep the order of tokens. Without `choice` there is one expert that sees all
 // tokens in their order with weight 1: a dense feed-forward.
@@ -190,6 +190,12 @@ void weight_gradient(int first, int last, int m_from, int m_to, int n, Left left
         each_vector(n, [&](int c, int lanes) {
             give(out + std::size_t(m_from + i) * n + c, load(total + std::size_t(i) * n_width + c), lanes);
         });
+}
+
+// Rows of a weight gradient that one thread makes at a time: few enough that all threads have work. Sums do not depend on it.
+inline int weight_rows(int64_t m, int64_t matrices, int threads) {
+    const int share = round_up(int((m + threads - 1) / threads), 24);
+    return matrices >= 4 * threads ? WEIGHT_ROWS : std::min(WEIGHT_ROWS, share);
 }
 
 // y [T, D]: each token's A rows added up in fp32, in the order of its choices.

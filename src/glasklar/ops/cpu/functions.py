@@ -93,11 +93,12 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float, interleave: boo
     y = x.new_empty(x.shape)
     x = _dense(x)
     wide = x if x.ndim == 4 else x[:, :, None]
-    B, T, H, R = wide.shape
-    cos, sin = (_dense(a.reshape(B, T, R // 2)) for a in (cos, sin))
+    B, T, H, K = wide.shape
+    half = cos.shape[-1]
+    cos, sin = (_dense(a.reshape(B, T, half)) for a in (cos, sin))
     library("rotate", x.dtype)(
         wide.data_ptr(), _strides(wide), cos.data_ptr(), sin.data_ptr(), _numbers(*cos.stride()[:2]), direction,
-        int(interleave), y.data_ptr(), B, T, H, R, torch.get_num_threads(),
+        int(interleave), y.data_ptr(), _numbers(B, T, H, K, 2 * half), torch.get_num_threads(),
     )  # fmt: skip
     return y
 

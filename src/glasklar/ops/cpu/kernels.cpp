@@ -34,16 +34,21 @@ void rms_norm_backward(const T* x, int64_t stride, const T* weight, const float*
     }
 }
 
-// x [B, T, H, R] with strides, angles [B, T, R/2] with strides, y contiguous.
+// x [B, T, H, K] with strides, of which the last R values are turned; angles [B, T, R/2] with strides, y contiguous.
 template <class T>
 void rotate(const T* x, const int64_t* x_strides, const float* cosine, const float* sine, const int64_t* angle_strides,
-            float direction, int interleave, T* y, int64_t B, int64_t length, int64_t H, int64_t R, int threads) {
+            float direction, int interleave, T* y, const int64_t* shape, int threads) {
+    const int64_t B = shape[0], length = shape[1], H = shape[2], K = shape[3], R = shape[4];
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < B * length; ++i) {
         int64_t b = i / length, t = i % length, angle = b * angle_strides[0] + t * angle_strides[1];
-        for (int64_t h = 0; h < H; ++h)
-            rotate_row(x + b * x_strides[0] + t * x_strides[1] + h * x_strides[2], cosine + angle, sine + angle,
-                       direction, interleave != 0, y + (i * H + h) * R, int(R));
+        const Turn turn(cosine + angle, sine + angle, direction, interleave != 0, int(R));
+        for (int64_t h = 0; h < H; ++h) {
+            const T* from = x + b * x_strides[0] + t * x_strides[1] + h * x_strides[2];
+            T* to = y + (i * H + h) * K;
+            std::memcpy(to, from, (K - R) * sizeof(T));
+            turn.row(from + K - R, to + K - R);
+        }
     }
 }
 
@@ -68,14 +73,20 @@ Heads<T> heads(T* data, const int64_t* strides) {
     return {data, strides[0], strides[1], strides[2]};
 }
 
+// Neighbouring items for one thread, so that it can ask for the next one's rows; enough shares to keep threads even.
+int64_t items_together(const AttentionShape& s, int threads) {
+    return std::max<int64_t>(1, s.items() / (16 * int64_t(threads)));
+}
+
 // strides: [tensor][batch, head, position] in the order of the tensors. `spans` [B, T] is written for the backward pass.
 template <class T>
 void attention_forward(const T* q, const T* k, const T* v, const T* mask, float scale, T* out, float* log_sums,
                        Span* spans, const int64_t* shape, const int64_t* strides, int threads) {
     const AttentionShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
     find_spans(s.B * s.T, s.S, mask, spans, threads);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t item = 0; item < s.B * s.G; ++item)
+    const int64_t together = items_together(s, threads);
+#pragma omp parallel for schedule(dynamic, together) num_threads(threads)
+    for (int64_t item = 0; item < s.items(); ++item)
         attention_forward_item<T>(
             {s, heads(q, strides), heads(k, strides + 3), heads(v, strides + 6), mask, spans, scale, item},
             heads(out, strides + 9), log_sums);
@@ -86,8 +97,9 @@ void attention_backward(const T* q, const T* k, const T* v, const T* mask, float
                         const float* log_sums, const Span* spans, T* grad_q, T* grad_k, T* grad_v, const int64_t* shape,
                         const int64_t* strides, int threads) {
     const AttentionShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t item = 0; item < s.B * s.G; ++item)
+    const int64_t together = items_together(s, threads);
+#pragma omp parallel for schedule(dynamic, together) num_threads(threads)
+    for (int64_t item = 0; item < s.items(); ++item)
         AttentionBackward<T>(
             {s, heads(q, strides), heads(k, strides + 3), heads(v, strides + 6), mask, spans, scale, item},
             heads(out, strides + 9), heads(grad, strides + 12), log_sums)
@@ -158,7 +170,8 @@ void experts_backward(const T* x, const float* weights, const T* gate_up, const 
                                    grad_hidden, gated, grad_weights, grad_rows);
         }
     }
-    const int up_parts = int((2 * s.F + WEIGHT_ROWS - 1) / WEIGHT_ROWS), down_parts = int((s.D + WEIGHT_ROWS - 1) / WEIGHT_ROWS);
+    const int up_rows = weight_rows(2 * s.F, s.E, threads), down_rows = weight_rows(s.D, s.E, threads);
+    const int up_parts = int((2 * s.F + up_rows - 1) / up_rows), down_parts = int((s.D + down_rows - 1) / down_rows);
 #pragma omp parallel num_threads(threads)
     {
         if (choice) {
@@ -170,12 +183,12 @@ void experts_backward(const T* x, const float* weights, const T* gate_up, const 
             const int64_t e = i / (up_parts + down_parts);
             const int part = int(i % (up_parts + down_parts)) - down_parts;
             if (part < 0) {
-                const int from = (part + down_parts) * WEIGHT_ROWS, to = std::min(from + WEIGHT_ROWS, int(s.D));
+                const int from = (part + down_parts) * down_rows, to = std::min(from + down_rows, int(s.D));
                 weight_gradient(start[e], start[e + 1], from, to, int(s.F),
                                 [&](int r) { return grad + plan.token(r, s.A) * s.D; },
                                 [&](int r) { return gated + r * s.F; }, grad_down + e * s.D * s.F);
             } else {
-                const int from = part * WEIGHT_ROWS, to = std::min(from + WEIGHT_ROWS, int(2 * s.F));
+                const int from = part * up_rows, to = std::min(from + up_rows, int(2 * s.F));
                 weight_gradient(start[e], start[e + 1], from, to, int(s.D),
                                 [&](int r) { return grad_hidden + r * 2 * s.F; },
                                 [&](int r) { return x + plan.token(r, s.A) * s.D; }, grad_gate_up + e * 2 * s.F * s.D);
@@ -248,9 +261,8 @@ EXPORT void route_backward(const int64_t* ids, const float* scores, const float*
         rms_norm_backward(x, stride, w, inverse, g, gx, partial, gw, rows, D, threads);                                  \
     }                                                                                                                    \
     EXPORT void rotate_##suffix(const T* x, const int64_t* xs, const float* c, const float* s, const int64_t* as,        \
-                                float direction, int interleave, T* y, int64_t B, int64_t length, int64_t H, int64_t R,  \
-                                int threads) {                                                                           \
-        rotate(x, xs, c, s, as, direction, interleave, y, B, length, H, R, threads);                                     \
+                                float direction, int interleave, T* y, const int64_t* shape, int threads) {              \
+        rotate(x, xs, c, s, as, direction, interleave, y, shape, threads);                                               \
     }                                                                                                                    \
     EXPORT void logprobs_forward_##suffix(const T* logits, const int64_t* targets, float* logprobs, float* entropy,      \
                                           float* log_sums, int64_t rows, int64_t W, int threads) {                       \

@@ -20,7 +20,7 @@ SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 BY_TYPE = {
     "rms_norm_forward": "plpfpplli",
     "rms_norm_backward": "plpppppplli",
-    "rotate": "ppppp" + "fip" + "lllli",
+    "rotate": "ppppp" + "fip" + "pi",
     "logprobs_forward": "ppppplli",
     "logprobs_backward": "ppppplli",
     "attention_forward": "ppppf" + "ppppp" + "i",

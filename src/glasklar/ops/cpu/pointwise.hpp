@@ -44,17 +44,42 @@ inline void swiglu_gradient(Floats gate, Floats up, Floats g, Floats& grad_gate,
     grad_up = g * silu;
 }
 
-// One vector of R values; `direction` -1 turns back. Pairs are neighbours, or first and second half.
-template <class T>
-void rotate_row(const T* x, const float* cosine, const float* sine, float direction, bool interleave, T* y, int R) {
-    int half = R / 2;
-    for (int i = 0; i < half; ++i) {
-        int a = interleave ? 2 * i : i, b = interleave ? 2 * i + 1 : i + half;
-        float first = value(x[a]), second = value(x[b]), c = cosine[i], s = direction * sine[i];
-        put(y + a, first * c - second * s);
-        put(y + b, second * c + first * s);
+// The rotation of one position, for all heads there; `direction` -1 turns back. Pairs are neighbours, or first and second
+// half.
+class Turn {
+   public:
+    Turn(const float* cosine, const float* sine, float direction, bool interleave, int R)
+        : interleave(interleave), R(R), cosine(Scratch::get<float>(0, R)), sine(Scratch::get<float>(1, R)) {
+        for (int i = 0; i < R / 2; ++i) {
+            const int a = interleave ? 2 * i : i, b = interleave ? 2 * i + 1 : i + R / 2;
+            this->cosine[a] = this->cosine[b] = cosine[i];
+            this->sine[a] = -direction * sine[i];
+            this->sine[b] = direction * sine[i];
+        }
     }
-}
+
+    template <class T>
+    void row(const T* x, T* y) const {
+        if (interleave)
+            each_vector(R, [&](int i, int n) { turn(i, n, take(x + i, n), swap_neighbours(take(x + i, n)), y); });
+        else
+            each_vector(R / 2, [&](int i, int n) {
+                const Floats first = take(x + i, n), second = take(x + R / 2 + i, n);
+                turn(i, n, first, second, y);
+                turn(R / 2 + i, n, second, first, y);
+            });
+    }
+
+   private:
+    template <class T>
+    void turn(int i, int n, Floats x, Floats partner, T* y) const {
+        give(y + i, x * take(cosine + i, n) + partner * take(sine + i, n), n);
+    }
+
+    bool interleave;
+    int R;
+    float *cosine, *sine;
+};
 
 template <class T>
 void logprob_forward_row(const T* logits, int64_t target, float* logprob, float* entropy, float* log_sum, int W) {

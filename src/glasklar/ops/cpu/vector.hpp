@@ -142,6 +142,13 @@ inline float largest(Floats v) {
 #endif
 }
 
+typedef uint64_t Pairs __attribute__((vector_size(LANES * 4)));
+
+inline Floats swap_neighbours(Floats v) {
+    Pairs pairs = reinterpret_cast<Pairs>(v);
+    return reinterpret_cast<Floats>(pairs << 32 | pairs >> 32);
+}
+
 inline Floats larger(Floats a, Floats b) { return a < b ? b : a; }
 
 // exp to 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. Exactly 0 below -87 (so for -inf); NaN stays NaN.
