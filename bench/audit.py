@@ -278,7 +278,8 @@ def receipts(run: Path, runtime: Runtime, count: int) -> dict[str, Any]:
     waiting, open_, ids, logprobs, ends = list(range(count)), {}, {}, {}, {}
     while len(ends) < count:
         while waiting and len(open_) < CONCURRENT:
-            open_[engine.add(*asked[waiting[0]])] = waiting.pop(0)
+            number = waiting.pop(0)
+            open_[engine.add(*asked[number])] = number
         for event in engine.step():
             number = open_[event.request]
             ids.setdefault(number, []).append(event.token)

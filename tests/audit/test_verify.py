@@ -17,6 +17,7 @@ from glasklar import api
 from glasklar.audit.findings import Findings
 from glasklar.audit.seal import MODEL_KIND, RUN_KIND, abandon, seal
 from glasklar.audit.verify import verify
+from glasklar.audit.verify_replays import checkpoint_events
 from glasklar.display import QuietReporter
 from glasklar.errors import CheckpointError, RecordError, RequestError
 from glasklar.provenance.hashing import canonical_json, sha256_file
@@ -422,6 +423,23 @@ def test_verify_tells_the_course_and_nothing_counts_against_the_record(broken_ru
     for part in ("stopped by its owner", "failed: loss is NaN", "interrupted and resumed 1 time", "2 steps"):
         assert part in course(found)
     assert any(e.subject == ATTESTATION and e.verdict == "unchecked" for e in found.entries)
+
+
+def test_broken_run_goes_on_to_the_same_states(
+    broken_run: Path, smoke_run: Path, tmp_path: Path, runtime: Runtime
+) -> None:
+    run = shutil.copytree(broken_run, tmp_path / "runs" / "smoke")
+    api.train(str(SMOKE), runtime=runtime, home=tmp_path)
+
+    def states(folder: Path) -> dict[str, str]:
+        recorded = checkpoint_events(read_ledger(folder / "ledger.jsonl")[0])
+        return {name: data["state_hash"] for name, data in recorded.items()}
+
+    assert states(run) == states(smoke_run)
+    found = verify(run, home=tmp_path)
+    assert found.verdict == "holds", found
+    for part in ("finished", "failed: loss is NaN", "stopped by its owner", "resumed 2 times", "2 steps"):
+        assert part in course(found)
 
 
 def test_abandoned_run_is_signed_and_cannot_be_gone_on_with(broken_run: Path, tmp_path: Path, runtime: Runtime) -> None:

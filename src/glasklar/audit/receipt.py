@@ -1,7 +1,7 @@
 """Receipts on both sides: signed for answers that a server gave, and verified by giving the answer again.
 
 An engine that answers many at once forms other products than one that answers alone, and floating-point sums come out
-otherwise in their last bits (measured: the log-probabilities of one answer in eight, the tokens of none in 1,300). So
+otherwise in their last bits (measured: the log-probabilities of one answer in six, the tokens of none in 1,500). So
 both sides compute the answer once more in the one form that does not depend on company: alone, in a fresh engine. What
 the receipt holds are the log-probabilities of that form.
 """
