@@ -160,6 +160,18 @@ def test_the_very_same_document_in_two_sources_stays_once(tmp_path: Path) -> Non
     assert len({document.hash for document in everything}) == len(everything) == 60
 
 
+def test_a_repetition_in_one_source_may_stand_alone_in_another(tmp_path: Path) -> None:
+    folder = notes(tmp_path / "notes")
+    (folder / "note04.md").write_text((folder / "note05.md").read_text(encoding="utf-8"), encoding="utf-8")
+    line = text_source(folder)
+    recipe = changed(tmp_path, line.replace("}]", "}, " + text_source(folder, '"note05.md"').partition("[")[2]))
+    corpus = prepare(recipe, tmp_path / "corpus")
+    assert corpus.facts["removed"] == {"duplicate": 1}
+    known = training_documents(recipe, tmp_path / "corpus")
+    assert known == packed_order(select(recipe).train)
+    assert {"note04.md", "note05.md"} < {document.origin for document in known}
+
+
 def test_a_recipe_that_does_not_speak_of_cleaning_keeps_its_hash() -> None:
     assert "cleaning" not in load_recipe("spark").canonical()
     assert load_recipe("stdlib").cleaning is None
