@@ -28,7 +28,7 @@ from glasklar.provenance.rundir import RunDir
 from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
 from glasklar.rl.doctor import NORMAL
 from glasklar.runtime import Runtime
-from glasklar.segment import Segment
+from glasklar.segment import Segment, work_after
 from glasklar.tasks.base import Split
 from glasklar.train.state import checkpoint_name, latest, load_state, prune, save_state, saved_hash
 from glasklar.training import AnyStage, Position, Training, state_at
@@ -109,8 +109,9 @@ class Pipeline:
             )
         else:
             machine = self.training.describe_machine()
+            lost = work_after(self._recorded(newest) if newest else None, read_metrics(self.run.metrics_file))
             name = newest.name if newest else None
-            ledger.append("resumed", {"checkpoint": name, "machine": machine, "lost": self._lost(newest)})
+            ledger.append("resumed", {"checkpoint": name, "machine": machine, "lost": lost})
         self.reporter.note("reading the sources, training the tokenizer")
         self.corpus = prepare(self.recipe, self.run.path / "data", self.runtime.threads)
         if not ledger.of("data"):
@@ -134,15 +135,6 @@ class Pipeline:
         """Data of the event of a kept checkpoint."""
         digest = saved_hash(folder)
         return next(e.data for e in reversed(self.run.ledger.of("checkpoint")) if e.data["state_hash"] == digest)
-
-    def _lost(self, newest: Path | None) -> dict[str, Any]:
-        """Steps done after the checkpoint that is gone on from, as the metrics show them, and their seconds."""
-        recorded: dict[str, Any] = {"metrics": START, "seconds_total": 0.0}
-        if newest is not None:
-            recorded = self._recorded(newest)
-        lines = read_metrics(self.run.metrics_file)[recorded["metrics"]["lines"] :]
-        seconds = lines[-1]["seconds"] - recorded["seconds_total"] if lines else 0.0
-        return {"steps": sum("stage" in line for line in lines), "seconds": round(seconds, 3)}
 
     def _end(self) -> dict[str, Any]:
         """Where a run ended early, and the work since the last checkpoint, if a stage was under way."""

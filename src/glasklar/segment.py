@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from glasklar.model.cost import decode_flops_per_token, mtp_flops_per_token, training_flops_per_token
@@ -75,3 +76,11 @@ class Segment:
             "energy": energy.record(),
             "cost": energy.cost(),
         }
+
+
+def work_after(recorded: dict[str, Any] | None, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Steps done after a recorded checkpoint (None: since the beginning), as the metrics show them, and seconds."""
+    done, before = (0, 0.0) if recorded is None else (recorded["metrics"]["lines"], recorded["seconds_total"])
+    later = lines[done:]
+    seconds = later[-1]["seconds"] - before if later else 0.0
+    return {"steps": sum("stage" in line for line in later), "seconds": round(seconds, 3)}

@@ -420,7 +420,7 @@ def test_failures_stand_in_the_ledger_with_what_they_cost(broken_run: Path) -> N
 def test_verify_tells_the_course_and_nothing_counts_against_the_record(broken_run: Path, home: Path) -> None:
     found = verify(broken_run, home=home)
     assert found.verdict == "holds", found
-    for part in ("stopped by its owner", "failed: loss is NaN", "interrupted and resumed 1 time", "2 steps"):
+    for part in ("stopped by its owner", "failed: loss is NaN", "interrupted and resumed 1 time", "done again: 2 ("):
         assert part in course(found)
     assert any(e.subject == ATTESTATION and e.verdict == "unchecked" for e in found.entries)
 
@@ -438,7 +438,7 @@ def test_broken_run_goes_on_to_the_same_states(
     assert states(run) == states(smoke_run)
     found = verify(run, home=tmp_path)
     assert found.verdict == "holds", found
-    for part in ("finished", "failed: loss is NaN", "stopped by its owner", "resumed 2 times", "2 steps"):
+    for part in ("finished", "failed: loss is NaN", "stopped by its owner", "resumed 2 times", "done again: 2 ("):
         assert part in course(found)
 
 
@@ -451,6 +451,7 @@ def test_abandoned_run_is_signed_and_cannot_be_gone_on_with(broken_run: Path, tm
     found = verify(run, home=tmp_path)
     assert found.verdict == "holds", found
     assert "abandoned: the loss diverges" in course(found)
+    assert "done again: 2 (" in course(found)
     with pytest.raises(CheckpointError, match="nothing to abandon"):
         abandon(run, "again", signer)
     with pytest.raises(CheckpointError, match=r"abandoned \(the loss diverges\).*another --run"):

@@ -15,9 +15,11 @@ from glasklar.errors import CheckpointError, RecordError, RequestError
 from glasklar.provenance.files import write_atomic
 from glasklar.provenance.hashing import canonical_json, sha256_file
 from glasklar.provenance.ledger import Event, read_ledger
+from glasklar.provenance.metrics import read_metrics
 from glasklar.provenance.receipt import model_root
 from glasklar.provenance.rundir import ATTESTATION, RunDir
 from glasklar.provenance.signing import Signer
+from glasklar.segment import work_after
 
 RUN_KIND, MODEL_KIND = "urn:x-glasklar:run:v1", "urn:x-glasklar:model:v1"
 
@@ -53,7 +55,9 @@ def abandon(path: Path, reason: str, signer: Signer) -> None:
         ended = next((e for e in opened.ledger.events if e.event in ("released", "abandoned")), None)
         if ended is not None:
             raise CheckpointError(f"{path}: was {ended.event} on {ended.time}; there is nothing to abandon")
-        opened.ledger.append("abandoned", {"reason": reason})
+        recorded = opened.ledger.of("checkpoint")
+        lost = work_after(recorded[-1].data if recorded else None, read_metrics(opened.metrics_file))
+        opened.ledger.append("abandoned", {"reason": reason, "lost": lost})
         seal(opened, signer)
 
 

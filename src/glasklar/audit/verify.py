@@ -101,7 +101,7 @@ def _course(run: RunDir, found: Findings) -> None:
     if resumed:
         parts.append(f"interrupted and resumed {resumed} time{'s' if resumed > 1 else ''}")
     if steps:
-        parts.append(f"{steps} steps ({seconds:.0f} s) after the last checkpoint were lost or done again")
+        parts.append(f"steps after a checkpoint that were lost or done again: {steps} ({seconds:.0f} s)")
     found.holds("course", "; ".join(parts))
 
 
