@@ -19,7 +19,8 @@ PHRASES = {
     "stopped by its owner": "vom Eigentümer angehalten",
     "Research paper": "Forschungsaufsatz",
 }
-# Names of lines stand at the right edge of a plot, in room made for the English ones: no longer than those.
+# Names of lines stand at the right edge of a plot, in room made for the English ones: no longer than those
+# ("Sch." is a Schicht, as the caption says).
 LABELS = {
     "Right greedy answers over the steps of reinforcement": "Richtige Antworten im Lauf der Verstärkung",
     "right, greedy": "richtig, greedy",
@@ -44,9 +45,9 @@ LABELS = {
     "loss, nats a token": "Verlust, Nats je Token",
     "busiest / mean": "größte / mittlere",
     "even": "gleich",
-    "most even layer": "gleichste Ebene",
-    "median layer": "mittlere Ebene",
-    "least even layer": "ungleichste Ebene",
+    "most even layer": "gleichste Sch.",
+    "median layer": "mittlere Sch.",
+    "least even layer": "ungleichste Sch.",
 }
 CAPTIONS = {
     "Right greedy answers on validation problems that training never saw, while reinforcement runs.": (
@@ -97,4 +98,4 @@ def german_plot(plot: NamedPlot) -> NamedPlot:
 
 def _label(text: str) -> str:
     layer = re.fullmatch(r"layer (\d+)", text.strip())
-    return f"Ebene {layer[1]}" if layer else LABELS.get(text.strip(), german(text.strip()))
+    return f"Sch. {layer[1]}" if layer else LABELS.get(text.strip(), german(text.strip()))
