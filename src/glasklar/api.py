@@ -16,6 +16,7 @@ from glasklar.data.procedural import Mixture
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.display import QuietReporter
 from glasklar.engine.engine import Engine
+from glasklar.engine.native_runner import computed_by
 from glasklar.engine.request import SamplingParams
 from glasklar.errors import CheckpointError, RecipeError, RequestError
 from glasklar.eval.tasks import evaluate_tasks, table
@@ -133,7 +134,7 @@ def generate(
         answer["receipt"] = make_receipt(
             signer,
             model=model_root(model.folder),
-            engine=engine_identity({**runtime.describe(), "ops": model.network.ops.name}),
+            engine=engine_identity({**runtime.describe(), **computed_by(model.network)}),
             prompt=ids,
             sampling=asdict(params),
             ids=completion.ids,

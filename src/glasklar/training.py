@@ -13,6 +13,7 @@ from glasklar.corpus import Corpus, demonstration_tokens
 from glasklar.data.batches import PackedDocuments, Packer
 from glasklar.data.procedural import Mixture
 from glasklar.engine.engine import Engine
+from glasklar.engine.native_runner import computed_by
 from glasklar.model.init import build, initialise
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import select
@@ -51,7 +52,7 @@ class Training:
 
     def describe_machine(self) -> dict[str, Any]:
         """What a stranger needs to know of the machine to repeat the run: the table of ops among it."""
-        return {**self.runtime.describe(), "ops": self.model.ops.name}
+        return {**self.runtime.describe(), **computed_by(self.model)}
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Goes back to a saved state."""

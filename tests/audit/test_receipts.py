@@ -15,6 +15,7 @@ from glasklar.audit.findings import Findings
 from glasklar.audit.receipt import Attestor, check_answer, find_by_root, sampling, verify_receipt
 from glasklar.audit.verify import verify
 from glasklar.engine.engine import Engine
+from glasklar.engine.native_runner import computed_by
 from glasklar.engine.request import Completion, SamplingParams
 from glasklar.errors import RecordError
 from glasklar.loading import Model, load
@@ -37,7 +38,7 @@ def model(smoke_run: Path, runtime: Runtime) -> Model:
 
 @pytest.fixture(scope="module")
 def facts(model: Model, runtime: Runtime) -> dict[str, Any]:
-    machine = {**runtime.describe(), "ops": model.network.ops.name}
+    machine = {**runtime.describe(), **computed_by(model.network)}
     return {"model": model_root(model.folder), "engine": engine_identity(machine)}
 
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from glasklar.engine.cpu import library
 from glasklar.engine.engine import Engine
+from glasklar.engine.native_runner import NativeRunner
 from glasklar.engine.request import SamplingParams, TokenEvent
+from glasklar.engine.runner import Result
 from glasklar.engine.sampler import draw, uniform
 from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.model.attention import document_mask
@@ -36,6 +39,16 @@ def make(config: ModelConfig, ops: str = "reference", dtype: torch.dtype = torch
 @pytest.fixture(params=CONFIGS)
 def model(request: pytest.FixtureRequest) -> Transformer:
     return make(CONFIGS[request.param])
+
+
+@pytest.fixture(autouse=True, params=["C++", "torch"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs over both kinds of passes."""
+    if request.param == "torch":
+        monkeypatch.setattr("glasklar.engine.engine.runs_native", lambda model: False)
+    elif library.best() is None:
+        pytest.skip("the C++ pass is not compiled here")
+    return request.param
 
 
 def prompts(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
@@ -210,18 +223,21 @@ def test_small_cache_gives_the_same_answers(model: Transformer) -> None:
     small = Engine(model, max_tokens=256)
     wanted = [a.ids for a in Engine(model).generate(prompts(24), params)]
     assert [a.ids for a in small.generate(prompts(24), params)] == wanted
-    assert small.cache.bytes_allocated <= 256 * small.cache.bytes_per_token
+    cache = small.runner.cache
+    assert cache.bytes_allocated <= 256 * cache.bytes_per_token
 
 
-def test_memory_that_runs_out_ends_the_requests_of_the_pass_and_no_other(model: Transformer) -> None:
+def test_memory_that_runs_out_ends_the_requests_of_the_pass_and_no_other(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Engine(model)
     (wanted,) = engine.generate([[1, 2]], SamplingParams(max_tokens=8))
     first = engine.add([1, 2], SamplingParams(max_tokens=8))
     events = engine.step()
-    engine.cache.max_tokens = 64  # as if there were less memory than was promised
     second = engine.add([3] * 40, SamplingParams(max_tokens=8))
-    events += engine.step()
-    engine.cache.max_tokens = 1 << 17
+    with monkeypatch.context() as patch:  # as if there were less memory than was promised
+        patch.setattr(engine.runner, "prefill", out_of_room)
+        events += engine.step()
     for later in collect(engine).values():
         events += later
     assert [e.token for e in events if e.request == first] == wanted.ids
@@ -229,10 +245,14 @@ def test_memory_that_runs_out_ends_the_requests_of_the_pass_and_no_other(model: 
     assert_idle(engine)
 
 
+def out_of_room(*_: object) -> Result:
+    raise CapacityError("no room")
+
+
 def test_a_pass_that_breaks_leaves_nothing_behind(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "decode", lambda rows: 1 / 0)
+        patch.setattr(engine.runner, "decode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.generate(prompts(5), SamplingParams(max_tokens=4))
     assert_idle(engine)
@@ -245,10 +265,21 @@ def test_equal_prompts_are_computed_once_and_answered_each(model: Transformer, m
     asked = [prompt for prompt in prompts(4) for _ in range(6)]
     params = [SamplingParams(max_tokens=8, temperature=1.0, seed=i) for i in range(24)]
     engine, seen = Engine(model), []
-    run = engine.runner._prefill
-    monkeypatch.setattr(engine.runner, "_prefill", lambda group, start: seen.append(len(group)) or run(group, start))
+    if isinstance(engine.runner, NativeRunner):
+        native = engine.runner._run
+        monkeypatch.setattr(engine.runner, "_run", lambda ids, *rest: seen.append(len(ids)) or native(ids, *rest))
+        once = sum(map(len, prompts(4)))
+    else:
+        run = engine.runner._prefill
+        monkeypatch.setattr(engine.runner, "_prefill", lambda group, at: seen.append(len(group)) or run(group, at))
+        once = 4
+    for prompt, settings in zip(asked, params, strict=True):
+        engine.add(prompt, settings)
+    engine._advance()
+    computed = sum(seen) - (len(asked) if isinstance(engine.runner, NativeRunner) else 0)  # the first decoding
+    assert computed == once
+    engine = Engine(model)
     answers = engine.generate(asked, params)
-    assert sum(seen) == 4
     assert [a.ids for a in answers] == [oracle(model, p, s) for p, s in zip(asked, params, strict=True)]
 
 

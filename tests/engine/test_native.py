@@ -65,9 +65,8 @@ def prompts(model: Transformer) -> list[list[int]]:
 
 def logits_of(net: NativeNetwork, sequences: Sequence[Sequence[int]], chunk: int) -> list[NDArray[np.float32]]:
     """Logits of every token; all sequences advance together by `chunk` tokens a pass, over scattered cache pages."""
-    cache = net.new_cache(64)
-    pages = iter(np.random.default_rng(chunk).permutation(64).tolist())
-    tables = [np.array([next(pages) for _ in range(-(-len(s) // net.page))], np.int32) for s in sequences]
+    cache = net.new_cache(96)
+    tables = np.random.default_rng(chunk).permutation(96).astype(np.int32).reshape(len(sequences), -1)
     found: list[list[NDArray[np.float32]]] = [[] for _ in sequences]
     for start in range(0, max(map(len, sequences)), chunk):
         tokens = [(s[p], p, i) for i, s in enumerate(sequences) for p in range(start, min(start + chunk, len(s)))]
@@ -146,7 +145,7 @@ def test_tokens_are_drawn_from_the_logits() -> None:
     temperatures = np.where(np.arange(count) % 2, 0.7, 0.0).astype(np.float32)
     logits, chosen, logprobs = net.run(
         net.new_cache(8), prompt, np.arange(count, dtype=np.int32), np.zeros(count, np.int32),
-        [np.arange(8, dtype=np.int32)], np.arange(count, dtype=np.int32), temperatures, uniforms,
+        np.arange(8, dtype=np.int32)[None], np.arange(count, dtype=np.int32), temperatures, uniforms,
     )  # fmt: skip
     exact = torch.tensor(logits, dtype=torch.float64)
     for row in range(count):

@@ -16,6 +16,7 @@ from typing import Any
 
 from glasklar.audit.findings import Findings
 from glasklar.engine.engine import Engine
+from glasklar.engine.native_runner import computed_by
 from glasklar.engine.request import Completion, SamplingParams
 from glasklar.errors import RecordError
 from glasklar.loading import Model, load
@@ -39,7 +40,7 @@ class Attestor:
     def __init__(self, model: Model, runtime: Runtime, signer: Signer) -> None:
         self.model, self.signer = model, signer
         self.root = model_root(model.folder)
-        self.engine = engine_identity({**runtime.describe(), "ops": model.network.ops.name})
+        self.engine = engine_identity({**runtime.describe(), **computed_by(model.network)})
 
     def receipt(self, prompt: Sequence[int], params: SamplingParams, ids: Sequence[int], finish: str) -> dict[str, Any]:
         """The envelope for an answer, however it was computed: given once more, alone, which takes as long as it did.
@@ -164,8 +165,8 @@ def _logprobs(receipt: Receipt, again: Completion, model: Model, found: Findings
 
 def _circumstances(receipt: Receipt, model: Model) -> str:
     there = receipt.engine["machine"]
-    here = _runtime(receipt).describe() | {"ops": model.network.ops.name}
-    names = ("device", "compute", "threads", "cpu", "cpu_capability", "gpu", "torch", "ops")
+    here = _runtime(receipt).describe() | computed_by(model.network)
+    names = ("device", "compute", "threads", "cpu", "cpu_capability", "gpu", "torch", "ops", "passes")
     other = [f"{name} {there.get(name)} there, {here[name]} here" for name in names if there.get(name) != here[name]]
     if receipt.engine["code"] != code_identity()["files"]:
         other.append(f"other code than glasklar {receipt.engine['version']} there")

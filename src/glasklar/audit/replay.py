@@ -36,7 +36,7 @@ from glasklar.train.state import checkpoint_name, load_state, state_hash
 from glasklar.training import Training
 
 # What changes the bits of a result; the rest of `describe_machine` is for people.
-MACHINE_CLASS = ("device", "compute", "threads", "cpu", "cpu_capability", "gpu", "torch", "ops")
+MACHINE_CLASS = ("device", "compute", "threads", "cpu", "cpu_capability", "gpu", "torch", "ops", "passes")
 
 
 @dataclass(frozen=True, kw_only=True)

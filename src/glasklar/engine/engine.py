@@ -4,26 +4,30 @@
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=16))    # whole answers
     engine.add([1, 2, 3], SamplingParams()); engine.step()         # one by one, as a server does
 
-Weights are read from the model's own parameters at every pass. Whoever changes them in place (RL) calls `refresh`
-before the next request.
+On a CPU the passes are made in C++ (`native_runner.py`), where that is compiled: then a request's numbers are the same
+bits whatever runs beside it. Elsewhere PyTorch makes them (`runner.py`).
+
+Whoever changes a model's weights in place (RL) calls `refresh` before the next request.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from glasklar.engine.batch import Rows
 from glasklar.engine.cache import SlotCache
+from glasklar.engine.native_runner import NativeRunner, runs_native
+from glasklar.engine.packed import PackedModel
+from glasklar.engine.paged import PageRoom
 from glasklar.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent
-from glasklar.engine.runner import Runner
+from glasklar.engine.runner import Result, Runner
 from glasklar.engine.sampler import Alternatives, Sampled, SpecialRow, sample, uniform
-from glasklar.engine.scheduler import Scheduler, SlotRoom
+from glasklar.engine.scheduler import Room, Scheduler, SlotRoom
 from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.model.transformer import Transformer
 
@@ -59,17 +63,35 @@ class Engine:
     max_slots        most requests that run at once
     max_tokens       most cache tokens of all slots together; memory is taken as it is needed
     prefill_tokens   prompt tokens taken up in one step, so that running answers keep flowing
+    native           True: passes in C++, False: in PyTorch; None: in C++ where that is possible
     """
 
     def __init__(
-        self, model: Transformer, *, max_slots: int = 512, max_tokens: int = 1 << 17, prefill_tokens: int = 1 << 13
+        self,
+        model: Transformer | PackedModel,
+        *,
+        max_slots: int = 512,
+        max_tokens: int = 1 << 17,
+        prefill_tokens: int = 1 << 13,
+        native: bool | None = None,
     ) -> None:
         self.model, self.config = model, model.config
-        weight = model.embed_tokens.weight
-        self.cache = SlotCache(model.config, max_tokens=max_tokens, dtype=weight.dtype, device=weight.device)
-        self.room = SlotRoom(max_slots=max_slots, max_tokens=max_tokens)
+        if native is None:
+            native = runs_native(model)
+        self.room: Room
+        self.runner: Runner | NativeRunner
+        if native:
+            self.room = PageRoom(max_slots=max_slots, max_tokens=max_tokens)
+            self.runner = NativeRunner(model, max_tokens=max_tokens)
+        else:
+            if not isinstance(model, Transformer):
+                raise RequestError("packed weights need the C++ pass; leave `native` out")
+            weight = model.embed_tokens.weight
+            self.room = SlotRoom(max_slots=max_slots, max_tokens=max_tokens)
+            self.runner = Runner(
+                model, SlotCache(model.config, max_tokens=max_tokens, dtype=weight.dtype, device=weight.device)
+            )
         self.scheduler = Scheduler(self.room, prefill_tokens=prefill_tokens)
-        self.runner = Runner(model, self.cache)
         self.rows = Rows()
         self.stats = Stats()
         self._next_id = 0
@@ -83,7 +105,7 @@ class Engine:
         """Forgets what was computed with earlier weights. Refused while requests run, which would mix both."""
         if self.has_work:
             raise RequestError("refresh: requests are running; finish or cancel them before the weights change")
-        self.cache.clear_from(0)
+        self.runner.refresh()
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> int:
         """Queues a prompt; returns the request's id. Answers end where the model's context does.
@@ -97,7 +119,7 @@ class Engine:
         request = Request(id=self._next_id, prompt=prompt, params=params, limit=limit, priority=priority)
         if not self.room.fits(1, request.reserve, request.reserve):
             raise CapacityError(
-                f"prompt of {len(prompt)} and answer of up to {limit} tokens: the cache holds {self.cache.max_tokens}; "
+                f"prompt of {len(prompt)} and answer of up to {limit} tokens: the cache holds {self.room.max_tokens}; "
                 f"lower the request's max_tokens or raise the engine's"
             )
         self._next_id += 1
@@ -171,19 +193,23 @@ class Engine:
             self.stats.prompt_tokens += sum(len(prompt) for prompt in prompts)
         middle = time.perf_counter()
         if self.rows.n:
-            made.append(self._pass(0, self.rows.n, lambda: self.runner.decode(self.rows)))
+            made.append(self._pass(0, self.rows.n, self._decode))
         self.stats.prefill_seconds += middle - start
         self.stats.decode_seconds += time.perf_counter() - middle
         return made
 
-    def _pass(self, first: int, cached: int, run: Callable[[], Tensor]) -> _Made:
+    def _decode(self) -> Result:
+        rows, n = self.rows, self.rows.n
+        return self.runner.decode(rows, rows.temperature[:n], uniform(rows.seed[:n], rows.length[:n]))
+
+    def _pass(self, first: int, cached: int, run: Callable[[], Result]) -> _Made:
         """A pass for the rows from `first` on, while the first `cached` rows have something in the cache.
 
         Where memory does not suffice, the pass's requests end with the error. Whatever else happens, they do not stay
         behind half done.
         """
         try:
-            self.cache.fit(self.rows.n, self.rows.longest, keep=cached)
+            self.runner.fit(self.rows.n, self.rows.longest, keep=cached)
             return self._sample(run(), first)
         except (CapacityError, torch.OutOfMemoryError) as error:
             requests = self.scheduler.running[first:]
@@ -195,16 +221,34 @@ class Engine:
             self._release(range(first, self.rows.n))
             raise
 
-    def _sample(self, logits_BW: Tensor, first: int) -> _Made:
+    def _choose(self, result: Result, first: int) -> Sampled:
+        """A token for each row from `first` on."""
+        rows, n = self.rows, self.rows.n
+        requests = self.scheduler.running[first:n]
+        special = np.flatnonzero(rows.special[first:n])
+        temperature, numbers = rows.temperature[first:n], uniform(rows.seed[first:n], rows.length[first:n])
+
+        def special_row(place: int, i: int) -> SpecialRow:
+            return SpecialRow(place, requests[i].params, requests[i].prompt, rows.answer(first + i))
+
+        if result.tokens is None or result.logprobs is None:
+            wanted = [special_row(i, i) for i in special.tolist()]
+            return sample(result.logits_BW, temperature, numbers, wanted)
+        finite = np.isfinite(result.logprobs)
+        if not len(special):
+            return Sampled(result.tokens, result.logprobs, finite, {})
+        wanted = [special_row(place, i) for place, i in enumerate(special.tolist())]
+        chosen = sample(result.logits_BW[special], temperature[special], numbers[special], wanted)
+        tokens, logprobs = result.tokens.copy(), result.logprobs.copy()
+        tokens[special], logprobs[special], finite[special] = chosen.tokens, chosen.logprobs, chosen.finite
+        alternatives = {int(special[place]): found for place, found in chosen.alternatives.items()}
+        return Sampled(tokens, logprobs, finite, alternatives)
+
+    def _sample(self, result: Result, first: int) -> _Made:
         """Chooses and records a token for each row from `first` on, and lets go of those that ended."""
         rows, n = self.rows, self.rows.n
         requests = self.scheduler.running[first:n]
-        special = [
-            SpecialRow(i, requests[i].params, requests[i].prompt, rows.answer(first + i))
-            for i in np.flatnonzero(rows.special[first:n]).tolist()
-        ]
-        numbers = uniform(rows.seed[first:n], rows.length[first:n])
-        sampled = sample(logits_BW, rows.temperature[first:n], numbers, special)
+        sampled = self._choose(result, first)
         stopped = rows.record(first, sampled.tokens, sampled.logprobs)
         self.stats.tokens += int(sampled.finite.sum())
         for i, alternatives in sampled.alternatives.items():
@@ -217,9 +261,9 @@ class Engine:
                 continue
             made.finish[i] = "stop" if stopped[i] else "length"
             made.completions[i] = self._completion(first + i, made.finish[i])
-        self._release([first + i for i in made.finish])
+        self._release([first + i for i in made.finish], whole=[first + i for i in made.completions])
         if made.errors:
-            self.cache.clear_from(self.rows.n)
+            self.runner.clear_from(self.rows.n)
         return made
 
     def _completion(self, row: int, finish: FinishReason) -> Completion:
@@ -230,12 +274,15 @@ class Engine:
             alternatives=self._alternatives.get(self.scheduler.running[row].id, []),
         )
 
-    def _release(self, gone: Iterable[int]) -> None:
+    def _release(self, gone: Iterable[int], whole: Collection[int] = ()) -> None:
+        """Lets go of rows; what the cache holds of the `whole` ones (all but the last token) is fit for later use."""
         rows = list(gone)
         for row in rows:
-            self._alternatives.pop(self.scheduler.running[row].id, None)
+            request = self.scheduler.running[row]
+            self._alternatives.pop(request.id, None)
+            self.runner.release(row, [*request.prompt, *self.rows.answer(row)[:-1]] if row in whole else [])
         moves = self.scheduler.release(rows)
-        self.cache.move(moves)
+        self.runner.move(moves)
         self.rows.move(moves, len(self.scheduler.running))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -86,7 +85,7 @@ class NativeNetwork:
         ids: NDArray[np.int32],
         positions: NDArray[np.int32],
         sequences: NDArray[np.int32],
-        tables: Sequence[NDArray[np.int32]],
+        tables: NDArray[np.int32],
         outputs: NDArray[np.int32],
         temperatures: NDArray[np.float32],
         uniforms: NDArray[np.float64],
@@ -102,7 +101,7 @@ class NativeNetwork:
         self._reach(int(positions.max()) + 1)
         logits = np.empty((count, self.padded_vocabulary), np.float32)
         chosen, logprobs = np.empty(count, np.int32), np.empty(count, np.float32)
-        pointers = np.array([table.ctypes.data for table in tables], np.uintp)
+        pointers = np.arange(len(tables), dtype=np.uintp) * tables.strides[0] + tables.ctypes.data
         arguments = Pass(
             tokens=len(ids), outputs=count, ids=ids.ctypes.data, positions=positions.ctypes.data,
             sequences=sequences.ctypes.data, tables=pointers.ctypes.data, cache=cache.data_ptr(),

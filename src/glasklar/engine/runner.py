@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glasklar.engine.batch import Rows, decode_inputs, distinct, prefill_groups, prefill_inputs
@@ -16,6 +19,16 @@ from glasklar.model.transformer import Transformer
 PREFILL_TOKENS = 1 << 13
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a pass brought: logits of the next tokens [n, W]; where it drew them itself, the tokens of plain rows and
+    their log-probabilities [n]."""
+
+    logits_BW: Tensor
+    tokens: NDArray[np.int64] | None = None
+    logprobs: NDArray[np.float32] | None = None
+
+
 class Runner:
     """Holds the model and its cache, and no weights of its own: what the trainer changes in place is used at once."""
 
@@ -23,8 +36,27 @@ class Runner:
         self.model, self.cache = model, cache
         self.device = model.embed_tokens.weight.device
 
+    def fit(self, rows: int, length: int, keep: int) -> None:
+        """Makes room for `rows` requests of up to `length` tokens; the first `keep` keep what they hold."""
+        self.cache.fit(rows, length, keep)
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Rows change their numbers (from, to)."""
+        self.cache.move(moves)
+
+    def release(self, row: int, tokens: Sequence[int]) -> None:
+        """A request has ended. Slots forget nothing and keep nothing."""
+
+    def clear_from(self, row: int) -> None:
+        """Zeroes what the rows from `row` on hold: something in it may not be finite."""
+        self.cache.clear_from(row)
+
+    def refresh(self) -> None:
+        """The weights have changed; they are read anew at every pass."""
+        self.cache.clear_from(0)
+
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], start: int) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], start: int) -> Result:
         """Runs prompts through the model, into the slots from `start` on. Returns logits after each prompt [n, W].
 
         Equal prompts (several samples of one problem) are computed once.
@@ -33,9 +65,9 @@ class Runner:
         groups = prefill_groups([len(prompt) for prompt in once], PREFILL_TOKENS)
         logits_BW = torch.cat([self._prefill(once[a:b], start + a) for a, b in groups])
         if len(once) == len(prompts):
-            return logits_BW
+            return Result(logits_BW)
         self.cache.spread(start, places)
-        return logits_BW[torch.tensor(places, device=self.device)]
+        return Result(logits_BW[torch.tensor(places, device=self.device)])
 
     def _prefill(self, prompts: Sequence[Sequence[int]], start: int) -> Tensor:
         inputs = prefill_inputs(prompts, self.cache.rows - start)
@@ -49,11 +81,11 @@ class Runner:
         return self.model.logits(hidden_BD)[: len(prompts)]
 
     @torch.inference_mode()
-    def decode(self, rows: Rows) -> Tensor:
-        """Runs the last token of every row. Returns logits of the next ones [n, W]."""
+    def decode(self, rows: Rows, temperature: NDArray[np.float64], uniform: NDArray[np.float64]) -> Result:
+        """Runs the last token of every row. Returns logits of the next ones [n, W]; the sampler draws from them."""
         length = self.cache.length
         ids_BT, position_BT = (tensor.to(self.device) for tensor in decode_inputs(rows))
         caches = self.cache.layers(0, len(ids_BT), length, position_BT)
         at = self.model.at(position_BT, cache_mask(position_BT, length, self.model.dtype))
         output = self.model(ids_BT, at, caches, absorbed=True)
-        return self.model.logits(output.hidden_BTD[: rows.n, 0])
+        return Result(self.model.logits(output.hidden_BTD[: rows.n, 0]))

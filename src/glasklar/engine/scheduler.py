@@ -12,7 +12,10 @@ from glasklar.engine.shapes import rounded_length, rounded_rows
 
 
 class Room(Protocol):
-    """What a cache can hold."""
+    """What a cache can hold: `max_tokens` in all."""
+
+    @property
+    def max_tokens(self) -> int: ...
 
     def fits(self, count: int, longest: int, total: int) -> bool:
         """Whether `count` requests fit together; they reserve `longest` tokens at most and `total` in sum."""
