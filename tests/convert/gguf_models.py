@@ -45,6 +45,11 @@ CASES: dict[str, dict[str, Any]] = {
     "llama, tied, wide heads": {**_GROUPED, "tie_word_embeddings": True, "head_dim": 32},
     "llama, yarn": {**_GROUPED, "rope_scaling": _YARN},
     "qwen2": {**_GROUPED, "attention_bias": True},
+    "qwen3": {**_GROUPED, "qk_norm": True, "head_dim": 32},
+    "qwen3moe": {
+        **_GROUPED, "qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+        "scoring_func": "softmax",
+    },
 }  # fmt: skip
 
 

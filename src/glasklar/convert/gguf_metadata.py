@@ -11,7 +11,7 @@ from typing import Literal
 from glasklar.errors import CheckpointError
 from glasklar.model.config import ModelConfig
 
-Architecture = Literal["deepseek2", "llama", "qwen2"]
+Architecture = Literal["deepseek2", "llama", "qwen2", "qwen3", "qwen3moe"]
 DType = Literal["fp32", "bf16", "fp16", "q8_0"]
 Value = int | float | bool | str
 SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers of gating functions
@@ -26,7 +26,7 @@ _CARRIED = frozenset(
     {
         *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
         *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-        *("num_key_value_heads", "head_dim", "attention_bias", "intermediate_size", "n_routed_experts"),
+        *("num_key_value_heads", "head_dim", "attention_bias", "qk_norm", "intermediate_size", "n_routed_experts"),
         *("n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace", "n_group"),
         *("topk_group", "scoring_func", "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers"),
         *("rope_theta", "rope_scaling", "rope_interleave", "rms_norm_eps", "tie_word_embeddings", "initializer_range"),
@@ -45,6 +45,8 @@ def architecture(config: ModelConfig) -> Architecture:
         _check_latent(config)
         return "deepseek2"
     _check_grouped(config)
+    if config.qk_norm:
+        return "qwen3moe" if config.is_moe else "qwen3"
     return "qwen2" if config.attention_bias else "llama"
 
 
@@ -64,11 +66,23 @@ def _check_latent(config: ModelConfig) -> None:
 
 
 def _check_grouped(config: ModelConfig) -> None:
+    if config.qk_norm and config.attention_bias:
+        raise _unknown_there("biases beside norms on queries and keys (attention_bias and qk_norm)")
     if config.is_moe:
-        raise _unknown_there("experts with grouped-query attention")
+        _check_grouped_experts(config)
     width = config.num_attention_heads * config.qk_head_dim
     if config.attention_bias and width != config.hidden_size:
         raise _unknown_there(f"biases with heads of {width} values together in a model {config.hidden_size} wide")
+
+
+def _check_grouped_experts(config: ModelConfig) -> None:
+    if not config.qk_norm:
+        raise _unknown_there("experts with grouped-query attention without norms on queries and keys (qk_norm)")
+    if config.first_k_dense_replace or config.n_shared_experts:
+        raise _unknown_there("dense layers or shared experts with grouped-query attention")
+    softmax = config.scoring_func == "softmax" and config.n_group == 1
+    if not softmax or not config.norm_topk_prob or config.routed_scaling_factor != 1.0:
+        raise _unknown_there("a gate other than softmax, normalised, without groups or scaling beside grouped queries")
 
 
 def metadata(config: ModelConfig) -> dict[str, Value]:
@@ -95,6 +109,7 @@ def _grouped(config: ModelConfig) -> dict[str, Value]:
         "attention.head_count_kv": config.kv_heads,
         "attention.key_length": config.qk_head_dim,
         "attention.value_length": config.value_head_dim,
+        **(_experts(config) if config.is_moe else {}),
     }
 
 

@@ -3,6 +3,7 @@
     Hugging Face                                  GGUF, N the layer
     model.embed_tokens, model.norm, lm_head       token_embd, output_norm, output (absent when tied)
     self_attn.{q,k,v,o}_proj                      blk.N.attn_{q,k,v,output}
+    self_attn.{q,k}_norm                          blk.N.attn_{q,k}_norm
     self_attn.q_a_proj, q_b_proj                  blk.N.attn_q_a, attn_q_b
     self_attn.kv_a_proj_with_mqa                  blk.N.attn_kv_a_mqa
     self_attn.kv_b_proj [H(N+V), C]               blk.N.attn_k_b [H, C, N] and attn_v_b [H, V, C]
@@ -11,8 +12,8 @@
     mlp.experts.e.{gate,up,down}_proj for each e  blk.N.ffn_{gate,up,down}_exps [E, …]
     mlp.shared_experts.{gate,up,down}_proj        blk.N.ffn_{gate,up,down}_shexp
 
-llama.cpp rotates neighbours in the `llama` and `deepseek2` architectures and halves in `qwen2`; rows of queries and
-keys are put in the order that it rotates.
+llama.cpp rotates neighbours in the `llama` and `deepseek2` architectures and halves in those of Qwen; rows of queries
+and keys are put in the order that it rotates.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ _ATTENTION = {
     "q_b_proj": "attn_q_b",
     "kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "kv_a_layernorm": "attn_kv_a_norm",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
 }
 _INNER = {
     "input_layernorm": "attn_norm",
@@ -52,7 +55,7 @@ _INNER = {
     **{f"mlp.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
     "mlp.gate": "ffn_gate_inp",
 }
-_ROTATES_NEIGHBOURS = {"llama": True, "deepseek2": True, "qwen2": False}
+_ROTATES_NEIGHBOURS = {"llama": True, "deepseek2": True, "qwen2": False, "qwen3": False, "qwen3moe": False}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias|e_score_correction_bias)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj")
 

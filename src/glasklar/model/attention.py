@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from glasklar.model.config import ModelConfig, yarn_mscale
+from glasklar.model.config import ModelConfig, RopeScaling, yarn_mscale
 from glasklar.ops.select import Ops
 
 
@@ -46,12 +46,14 @@ class LayerCache:
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Rotary frequencies [R/2] in fp32 and the factor on cos and sin (YaRN, arXiv 2309.00071 eq. 17-22)."""
+    """Rotary frequencies [R/2] in fp32 and the factor on cos and sin (YaRN: arXiv 2309.00071 eq. 17-22)."""
     half = torch.arange(0, config.rope_dim, 2, dtype=torch.int64).float() / config.rope_dim
     plain = 1.0 / (config.rope_theta**half)
     scaling = config.rope_scaling
     if scaling is None:
         return plain, 1.0
+    if scaling.type == "llama3":
+        return _llama3_frequencies(plain, scaling), 1.0
 
     def turns_at(rotations: float) -> float:
         length = scaling.original_max_position_embeddings
@@ -65,6 +67,16 @@ def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     if scaling.mscale_all_dim:
         factor /= yarn_mscale(scaling.factor, scaling.mscale_all_dim)
     return inverse, factor
+
+
+def _llama3_frequencies(plain: Tensor, scaling: RopeScaling) -> Tensor:
+    """By turns within the original context: few are slowed by the factor, many are kept, blended in between."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    assert low is not None
+    assert high is not None
+    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain / scaling.factor * (1 - kept) + plain * kept
 
 
 def positions(position_BT: Tensor, mask_BTS: Tensor, frequencies: tuple[Tensor, float]) -> Positions:
@@ -166,7 +178,10 @@ class LatentAttention(nn.Module):
 
 
 class GroupedQueryAttention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) as in Llama: the dense baseline beside MLA."""
+    """Grouped-query attention (arXiv 2305.13245) as in Llama: the dense baseline beside MLA.
+
+    `qk_norm` (Qwen3): queries and keys of each head are normalised before they are turned.
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
@@ -176,12 +191,14 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(D, G * K, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, G * K, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.q_norm = nn.RMSNorm(K) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(K) if config.qk_norm else None
 
     def forward(self, x_BTD: Tensor, at: Positions, cache: LayerCache | None, absorbed: bool) -> Tensor:
         """As `LatentAttention.forward`; here `absorbed` only means "over the cache"."""
         K = self.config.qk_head_dim
-        q_BTHK = self._turn(self.q_proj(x_BTD).unflatten(-1, (-1, K)), at)
-        k_BTGK = self._turn(self.k_proj(x_BTD).unflatten(-1, (-1, K)), at)
+        q_BTHK = self._turn(self._norm(self.q_proj(x_BTD).unflatten(-1, (-1, K)), self.q_norm), at)
+        k_BTGK = self._turn(self._norm(self.k_proj(x_BTD).unflatten(-1, (-1, K)), self.k_norm), at)
         v_BTGK = self.v_proj(x_BTD).unflatten(-1, (-1, K))
         if cache is not None:
             rows_BSX = cache.write(torch.cat((k_BTGK, v_BTGK), dim=-1).flatten(-2))
@@ -193,6 +210,9 @@ class GroupedQueryAttention(nn.Module):
             at.mask_BTS, self.config.softmax_scale,
         )  # fmt: skip
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(-2))
+
+    def _norm(self, x_BTHK: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        return x_BTHK if norm is None else self.ops.rms_norm(x_BTHK, norm.weight, self.config.rms_norm_eps)
 
     def _turn(self, x_BTHK: Tensor, at: Positions) -> Tensor:
         return self.ops.rotate(x_BTHK, at.cos_BTR[:, :, None], at.sin_BTR[:, :, None], self.config.rope_interleave)

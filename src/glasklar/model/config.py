@@ -25,15 +25,34 @@ Count = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 class RopeScaling(Section):
-    """YaRN (arXiv 2309.00071) as DeepSeek-V2/V3 use it: blended frequencies and a temperature on the softmax."""
+    """How a model reaches beyond the context that it learned with.
 
-    type: Literal["yarn"] = "yarn"
+    yarn     arXiv 2309.00071 as DeepSeek-V2/V3 use it: blended frequencies and a temperature on the softmax
+    llama3   as Llama 3.1: slow frequencies divided by `factor`, fast ones kept, `low_freq_factor` and
+             `high_freq_factor` (turns within the original context) say where one becomes the other
+    """
+
+    type: Literal["yarn", "llama3"] = "yarn"
     factor: float = Field(gt=0)
     original_max_position_embeddings: Dim
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    low_freq_factor: float | None = Field(default=None, gt=0)
+    high_freq_factor: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> RopeScaling:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.type == "yarn":
+            if low is not None or high is not None:
+                raise ValueError("low_freq_factor and high_freq_factor have no meaning in yarn; remove them")
+        elif low is None or high is None or low >= high:
+            raise ValueError(f"llama3 needs low_freq_factor ({low}) below high_freq_factor ({high})")
+        elif self.mscale != 1.0 or self.mscale_all_dim:
+            raise ValueError("mscale and mscale_all_dim have no meaning in llama3; remove them")
+        return self
 
 
 class ModelConfig(Section):
@@ -57,6 +76,7 @@ class ModelConfig(Section):
     num_key_value_heads: Count | None = None
     head_dim: Dim | None = None
     attention_bias: bool = False
+    qk_norm: bool = False
     # Feed-forward (eq. 12-16)
     intermediate_size: Dim
     n_routed_experts: Count | None = None
@@ -83,6 +103,8 @@ class ModelConfig(Section):
     def _consistent(self) -> ModelConfig:
         mla = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         gqa = ("num_key_value_heads", "head_dim")
+        if self.is_mla and self.qk_norm:
+            raise ValueError("latent attention has norms of its own; remove qk_norm")
         wanted, foreign = (mla, gqa) if self.is_mla else (gqa, (*mla, "q_lora_rank"))
         kind = "latent (kv_lora_rank is set)" if self.is_mla else "grouped-query (kv_lora_rank is absent)"
         for name in wanted:

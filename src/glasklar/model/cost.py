@@ -70,7 +70,8 @@ def attention_part(config: ModelConfig) -> Part:
     C, Q, bias = config.kv_lora_rank, config.q_lora_rank, config.attention_bias
     if C is None:
         G = config.kv_heads
-        return Part((Matrix(H * K, D, bias), Matrix(G * K, D, bias), Matrix(G * V, D, bias), Matrix(D, H * V)))
+        matrices = (Matrix(H * K, D, bias), Matrix(G * K, D, bias), Matrix(G * V, D, bias), Matrix(D, H * V))
+        return Part(matrices, norms=2 * K if config.qk_norm else 0)
     query = (Matrix(H * K, D),) if Q is None else (Matrix(Q, D, bias), Matrix(H * K, Q))
     R = config.rope_dim
     keys_values = (Matrix(C + R, D, bias), Matrix(H * (K - R + V), C))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glasklar.errors import CheckpointError, RecipeError
-from glasklar.model.config import ModelConfig
+from glasklar.model.config import ModelConfig, RopeScaling
 
 MAX_JSON_BYTES = 64 << 20  # the index of DeepSeek-V3 has 9 MB
 
@@ -73,6 +73,25 @@ FAMILIES = {
         implied={"rope_interleave": False, "attention_bias": True},
         only={"use_sliding_window": (False,), "layer_types": ()},
     ),
+    # Llama with norms on queries and keys.
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        fields=_GROUPED,
+        implied={"rope_interleave": False, "qk_norm": True},
+        only={"attention_bias": (False,), "use_sliding_window": (False,), "layer_types": ()},
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        fields=(*_GROUPED, "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+        implied={"rope_interleave": False, "qk_norm": True, "scoring_func": "softmax"},
+        only={
+            "attention_bias": (False,),
+            "use_sliding_window": (False,),
+            "layer_types": (),
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([],),
+        },
+    ),
 }
 
 _ONLY = {
@@ -101,14 +120,11 @@ _IGNORED = frozenset(
     }
 )
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
-_YARN = (
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-)
+_SCALINGS = {
+    "default": (),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -151,12 +167,19 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(f"{path}: model_type = {kind!r} is unknown; known are {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
+    experts = None
+    if kind == "qwen3_moe":
+        experts = table.pop("num_experts", table.pop("num_local_experts", None))
     if "num_mtp_layers" in table:  # how transformers writes it
         table.setdefault("num_nextn_predict_layers", table.pop("num_mtp_layers"))
     _check_keys(table, family, path)
     given = {name: table[name] for name in family.fields if table.get(name) is not None}
     fields = {**family.implied, **given, **_rope(table, path)}
     fields = _experts(fields, table, path) if kind.startswith("deepseek") else _grouped(fields)
+    if kind == "qwen3_moe":
+        if experts is None or "norm_topk_prob" not in fields:
+            raise CheckpointError(f"{path}: num_experts or norm_topk_prob is missing; add it")
+        fields["n_routed_experts"] = experts
     if fields.get("max_position_embeddings") is None or fields.get("rms_norm_eps") is None:
         raise CheckpointError(f"{path}: max_position_embeddings or rms_norm_eps is missing; add it")
     try:
@@ -215,17 +238,19 @@ def _rope(table: dict[str, Any], path: Path) -> dict[str, Any]:
     theta = scaling.get("rope_theta", table.get("rope_theta"))
     if theta is None:
         raise CheckpointError(f"{path}: rope_theta is missing; add it")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise CheckpointError(f"{path}: rope scaling of type {str(kind)[:80]!r} is not supported, only 'yarn'")
-    allowed = {"rope_theta", "rope_type", "type", *(_YARN if kind == "yarn" else ())}
+    kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+    if kind not in _SCALINGS:
+        raise CheckpointError(
+            f"{path}: rope scaling of type {kind[:80]!r} is not supported, only {', '.join(_SCALINGS)}"
+        )
+    allowed = {"rope_theta", "rope_type", "type", *_SCALINGS[kind]}
     for key, value in scaling.items():
         if key not in allowed and value is not None:
             raise CheckpointError(f"{path}: rope scaling with {str(key)[:80]!r} is not supported; remove it")
     if kind == "default":
         return {"rope_theta": theta}
-    given = {key: scaling[key] for key in _YARN if scaling.get(key) is not None}
-    return {"rope_theta": theta, "rope_scaling": {"type": "yarn", **given}}
+    given = {key: scaling[key] for key in _SCALINGS[kind] if scaling.get(key) is not None}
+    return {"rope_theta": theta, "rope_scaling": {"type": kind, **given}}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -239,8 +264,6 @@ def family_of(config: ModelConfig) -> str:
         if config.norm_topk_prob or not config.rope_interleave:
             raise _inexpressible("a softmax gate goes with norm_topk_prob = false and rope_interleave = true")
         return "deepseek_v2"
-    if config.is_moe:
-        raise _inexpressible("experts go with latent attention (kv_lora_rank)")
     if config.num_nextn_predict_layers:
         raise _inexpressible("multi-token prediction goes with latent attention (kv_lora_rank)")
     if config.rope_interleave:
@@ -248,6 +271,19 @@ def family_of(config: ModelConfig) -> str:
     scaling = config.rope_scaling
     if scaling is not None and (scaling.mscale != 1.0 or scaling.mscale_all_dim):
         raise _inexpressible("grouped-query attention with YaRN goes with mscale = 1 and mscale_all_dim = 0")
+    if config.is_moe:
+        plain = config.scoring_func == "softmax" and config.n_group == 1 and config.routed_scaling_factor == 1.0
+        everywhere = not config.n_shared_experts and not config.first_k_dense_replace
+        if not (config.qk_norm and plain and everywhere) or config.attention_bias:
+            raise _inexpressible(
+                "experts with grouped-query attention go with qk_norm, without biases, in every layer, chosen by a "
+                "softmax gate without groups, scaling and shared experts"
+            )
+        return "qwen3_moe"
+    if config.qk_norm and config.attention_bias:
+        raise _inexpressible("qk_norm goes with attention_bias = false")
+    if config.qk_norm:
+        return "qwen3"
     return "qwen2" if config.attention_bias else "llama"
 
 
@@ -260,7 +296,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     table |= {
         "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling is None else {"rope_type": "yarn", **scaling.model_dump()},
+        "rope_scaling": None if scaling is None else _scaling_to_hf(scaling),
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_cache": True,
@@ -278,7 +314,18 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             table |= {"attention_bias": False, "mlp_bias": False}
         case "qwen2":
             table |= {"use_sliding_window": False}
+        case "qwen3":
+            table |= {"use_sliding_window": False, "attention_bias": False}
+        case "qwen3_moe":
+            table |= {"use_sliding_window": False, "attention_bias": False}
+            table |= {"num_experts": config.n_routed_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
     return table
+
+
+def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
+    """Under both names of the type: older readers know one, newer ones the other."""
+    kind = scaling.type
+    return {"type": kind, "rope_type": kind, **{key: getattr(scaling, key) for key in _SCALINGS[kind]}}
 
 
 def _inexpressible(rule: str) -> CheckpointError:
