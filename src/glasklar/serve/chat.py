@@ -12,7 +12,8 @@ from glasklar.serve.answer import Answer, Piece
 from glasklar.serve.schema import ChatRequest, usage
 from glasklar.serve.service import ModelService
 
-Choice = tuple[int, Answer, Piece]
+# Index, answer, what it brings, and whether it is the last: the answer itself may be ahead of its pieces by then.
+Choice = tuple[int, Answer, Piece, bool]
 
 
 async def choices(service: ModelService, body: ChatRequest, ids: list[int]) -> AsyncGenerator[Choice, None]:
@@ -26,8 +27,10 @@ async def choices(service: ModelService, body: ChatRequest, ids: list[int]) -> A
         events = service.stream(ids, body.sampling(index, seed, service.tokenizer.stop_ids))
         try:
             async for event in events:
-                arrivals.put_nowait((index, answer, answer.push(event)))
-                if answer.finish is not None:
+                piece = answer.push(event)
+                last = answer.finish is not None
+                arrivals.put_nowait((index, answer, piece, last))
+                if last:
                     break
             arrivals.put_nowait(None)
         except GlasklarError as error:
@@ -60,7 +63,7 @@ async def collect(service: ModelService, body: ChatRequest, ids: list[int], head
     """The whole reply (`chat.completion`)."""
     answers: dict[int, Answer] = {}
     wholes = {index: Piece() for index in range(body.n)}
-    async for index, answer, piece in choices(service, body, ids):
+    async for index, answer, piece, _ in choices(service, body, ids):
         answers[index] = answer
         whole = wholes[index]
         whole.reasoning += piece.reasoning
@@ -97,11 +100,11 @@ async def stream(
     for index in range(body.n):
         yield chunk(index, {"role": "assistant", "content": ""})
     answers: dict[int, Answer] = {}
-    async for index, answer, piece in choices(service, body, ids):
+    async for index, answer, piece, last in choices(service, body, ids):
         answers[index] = answer
         if not piece.empty:
             yield chunk(index, _delta(piece), piece)
-        if answer.finish is not None:
+        if last:
             yield chunk(index, {}, finish=answer.finish)
     if with_usage:
         yield {**head, "choices": [], "usage": _usage(ids, list(answers.values()))}
