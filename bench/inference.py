@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.pop(0)  # this folder, in which a file called gguf hides the package of that name
 
-from glasklar import runtime  # noqa: E402
+from glasklar import runtime
 
 THREADS = runtime.prepare()
 
