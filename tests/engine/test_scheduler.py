@@ -16,6 +16,27 @@ def scheduler(*, slots: int = 8, tokens: int = 1 << 20, prefill: int = 1 << 20) 
     return Scheduler(SlotRoom(max_slots=slots, max_tokens=tokens), prefill_tokens=prefill)
 
 
+def test_short_requests_flow_while_one_long_prompt_at_a_time_is_read() -> None:
+    queue = Scheduler(SlotRoom(max_slots=4, max_tokens=1 << 20), prefill_tokens=1 << 20, chunk=10)
+    for number, prompt in enumerate((40, 4, 50, 4, 4)):
+        queue.add(request(number, prompt=prompt))
+    assert ids(queue.admit()) == [1, 3, 4]
+    assert queue.filling is not None and queue.filling.id == 0
+    assert ids(queue.waiting) == [2]
+    queue.add(request(5))
+    queue.release([0])
+    assert ids(queue.admit()) == [5]  # the fourth slot is the long one's
+    assert queue.start().id == 0
+    assert ids(queue.running) == [4, 3, 5, 0]
+    queue.release([1])
+    queue.add(request(6))
+    assert queue.admit() == []  # now the long one is first, and takes the slot
+    assert queue.filling is not None and queue.filling.id == 2
+    assert queue.cancel(2) is None
+    assert queue.filling is None
+    assert ids(queue.admit()) == [6]
+
+
 def ids(requests: list[Request]) -> list[int]:
     return [r.id for r in requests]
 

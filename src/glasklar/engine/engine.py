@@ -21,7 +21,7 @@ import torch
 
 from glasklar.engine.batch import Rows
 from glasklar.engine.cache import SlotCache
-from glasklar.engine.native_runner import NativeRunner, runs_native
+from glasklar.engine.native_runner import PASS_TOKENS, NativeRunner, runs_native
 from glasklar.engine.packed import PackedModel
 from glasklar.engine.paged import PageRoom
 from glasklar.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent
@@ -63,6 +63,7 @@ class Engine:
     max_slots        most requests that run at once
     max_tokens       most cache tokens of all slots together; memory is taken as it is needed
     prefill_tokens   prompt tokens taken up in one step, so that running answers keep flowing
+    chunk_tokens     a longer prompt is read in pieces of so many tokens, one in a step (C++ passes only)
     native           True: passes in C++, False: in PyTorch; None: in C++ where that is possible
     """
 
@@ -73,6 +74,7 @@ class Engine:
         max_slots: int = 512,
         max_tokens: int = 1 << 17,
         prefill_tokens: int = 1 << 13,
+        chunk_tokens: int = PASS_TOKENS,
         native: bool | None = None,
     ) -> None:
         self.model, self.config = model, model.config
@@ -82,7 +84,7 @@ class Engine:
         self.runner: Runner | NativeRunner
         if native:
             self.room = PageRoom(max_slots=max_slots, max_tokens=max_tokens)
-            self.runner = NativeRunner(model, max_tokens=max_tokens)
+            self.runner = NativeRunner(model, max_slots=max_slots, max_tokens=max_tokens, chunk_tokens=chunk_tokens)
         else:
             if not isinstance(model, Transformer):
                 raise RequestError("packed weights need the C++ pass; leave `native` out")
@@ -91,7 +93,8 @@ class Engine:
             self.runner = Runner(
                 model, SlotCache(model.config, max_tokens=max_tokens, dtype=weight.dtype, device=weight.device)
             )
-        self.scheduler = Scheduler(self.room, prefill_tokens=prefill_tokens)
+        chunk = chunk_tokens if native else None
+        self.scheduler = Scheduler(self.room, prefill_tokens=prefill_tokens, chunk=chunk)
         self.rows = Rows()
         self.stats = Stats()
         self._next_id = 0
@@ -99,7 +102,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        return bool(self.scheduler.waiting or self.scheduler.present)
 
     def refresh(self) -> None:
         """Forgets what was computed with earlier weights. Refused while requests run, which would mix both."""
@@ -143,6 +146,8 @@ class Engine:
         row = self.scheduler.cancel(request_id)
         if row is not None:
             self._release([row])
+        if self.scheduler.filling is None:
+            self.runner.abandon()
 
     def step(self) -> list[TokenEvent]:
         """Takes up waiting requests, then makes one token for every running one."""
@@ -181,7 +186,7 @@ class Engine:
         return [completions[request_id] for request_id in ids]
 
     def _advance(self) -> list[_Made]:
-        """One step: the prompts that are admitted, then one token for all rows."""
+        """One step: the prompts that are admitted, a piece of a long one, then one token for all rows."""
         self.stats.steps += 1
         made = []
         start = time.perf_counter()
@@ -191,12 +196,30 @@ class Engine:
             self.rows.append(admitted)
             made.append(self._pass(first, first, lambda: self.runner.prefill(prompts, first)))
             self.stats.prompt_tokens += sum(len(prompt) for prompt in prompts)
+        if (filled := self._fill()) is not None:
+            made.append(filled)
         middle = time.perf_counter()
         if self.rows.n:
             made.append(self._pass(0, self.rows.n, self._decode))
         self.stats.prefill_seconds += middle - start
         self.stats.decode_seconds += time.perf_counter() - middle
         return made
+
+    def _fill(self) -> _Made | None:
+        """Reads a piece of the long prompt; after the last one its request becomes a row."""
+        request, row = self.scheduler.filling, self.rows.n
+        if request is None:
+            return None
+        try:
+            result = self.runner.fill(request.prompt, row)
+        except BaseException:
+            self.cancel(request.id)
+            raise
+        if result is None:
+            return None
+        self.rows.append([self.scheduler.start()])
+        self.stats.prompt_tokens += len(request.prompt)
+        return self._sample(result, row)
 
     def _decode(self) -> Result:
         rows, n = self.rows, self.rows.n

@@ -40,8 +40,17 @@ class NativeRunner:
     """Runs a network (packed here, and again at `refresh`) or weights that are packed already."""
 
     def __init__(
-        self, model: Transformer | PackedModel, *, max_tokens: int, quantise: Quantisation | None = None
+        self,
+        model: Transformer | PackedModel,
+        *,
+        max_slots: int,
+        max_tokens: int,
+        chunk_tokens: int = PASS_TOKENS,
+        quantise: Quantisation | None = None,
     ) -> None:
+        self.spare = max_slots  # where the cache keeps a prompt that is being read
+        self.chunk_tokens = min(chunk_tokens, PASS_TOKENS)
+        self._filled: int | None = None  # tokens of it that were read
         self.threads = torch.get_num_threads()
         self.model, self.quantise = model, quantise
         self.network = self._network()
@@ -65,6 +74,31 @@ class NativeRunner:
         return NativeNetwork(
             compiled, model, threads=self.threads, page=PAGE, max_tokens=PASS_TOKENS, float_cache=whole
         )
+
+    def fill(self, prompt: Sequence[int], row: int) -> Result | None:
+        """Reads the next piece of a long prompt; after the last one it stands in `row` and its logits are returned."""
+        if self._filled is None:
+            self._filled = self.cache.begin(self.spare, prompt)
+        begin, self._filled = self._filled, min(self._filled + self.chunk_tokens, len(prompt))
+        end = self._filled
+        self.cache.reach(self.spare, end)
+        positions = np.arange(begin, end, dtype=np.int32)
+        outputs = np.array([end - 1 - begin] if end == len(prompt) else [], np.int32)
+        none = np.zeros(len(outputs))
+        ids = np.array(prompt[begin:end], np.int32)
+        logits, _, _ = self._run(ids, positions, np.full_like(positions, self.spare), outputs, none, none)
+        if end < len(prompt):
+            return None
+        self.cache.publish(self.spare, prompt)
+        self.cache.move([(self.spare, row)])
+        self._filled = None
+        return Result(torch.from_numpy(logits))
+
+    def abandon(self) -> None:
+        """Drops the prompt that is being read."""
+        if self._filled is not None:
+            self.cache.release(self.spare)
+            self._filled = None
 
     def fit(self, rows: int, length: int, keep: int) -> None:
         """Nothing to do: rows take pages as they grow."""

@@ -51,6 +51,13 @@ class Runner:
         """Zeroes what the rows from `row` on hold: something in it may not be finite."""
         self.cache.clear_from(row)
 
+    def fill(self, prompt: Sequence[int], row: int) -> Result | None:
+        """Reads all of a prompt; slots know no pieces."""
+        return self.prefill([prompt], row)
+
+    def abandon(self) -> None:
+        """Nothing to do: no prompt is ever half read."""
+
     def refresh(self) -> None:
         """The weights have changed; they are read anew at every pass."""
         self.cache.clear_from(0)

@@ -38,40 +38,72 @@ class Scheduler:
 
     room             what the cache can hold
     prefill_tokens   prompt tokens admitted at once (though one prompt always is): running answers must not stall
+    chunk            a prompt of more tokens is read piece by piece, one such prompt at a time, while others run
     """
 
-    def __init__(self, room: Room, *, prefill_tokens: int) -> None:
-        self.room, self.prefill_tokens = room, prefill_tokens
+    def __init__(self, room: Room, *, prefill_tokens: int, chunk: int | None = None) -> None:
+        self.room, self.prefill_tokens, self.chunk = room, prefill_tokens, chunk
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.filling: Request | None = None
 
     def add(self, request: Request) -> None:
         """Queues a request behind those of its priority."""
         insort(self.waiting, request, key=lambda r: (-r.priority, r.id))
 
     def admit(self) -> list[Request]:
-        """Moves requests from the queue's head to the next rows while they fit, in the order of their prompts' lengths.
-        Nobody overtakes the head: that would starve a long request."""
+        """Moves requests from the queue's head to the next rows while they fit, in the order of their prompts' lengths;
+        a long prompt becomes `filling`, and joins the rows by `start`.
+
+        Nobody overtakes the head, which would starve a long request, unless the head waits for another long prompt to
+        be read: that ends soon, and whoever is short need not wait for it.
+        """
         if not self.waiting:
             return []
-        reserves = [request.reserve for request in self.running]
-        longest, total = max(reserves, default=0), sum(reserves)
-        first, prompt_tokens = len(self.running), 0
-        for request in self.waiting:
-            longest, total = max(longest, request.reserve), total + request.reserve
-            prompt_tokens += len(request.prompt)
-            crowded = prompt_tokens > self.prefill_tokens and len(self.running) > first
-            if crowded or not self.room.fits(len(self.running) + 1, longest, total):
+        reserves = [request.reserve for request in self.present]
+        longest, total, count = max(reserves, default=0), sum(reserves), len(reserves)
+        admitted: list[Request] = []
+        left: list[Request] = []
+        prompt_tokens = 0
+        for place, request in enumerate(self.waiting):
+            long = self.chunk is not None and len(request.prompt) > self.chunk
+            if long and self.filling is not None:
+                left.append(request)
+                continue
+            longest, total, count = max(longest, request.reserve), total + request.reserve, count + 1
+            prompt_tokens += 0 if long else len(request.prompt)
+            crowded = prompt_tokens > self.prefill_tokens and bool(admitted)
+            if crowded or not self.room.fits(count, longest, total):
+                left += self.waiting[place:]
                 break
             request.state = "running"
-            self.running.append(request)
-        admitted = sorted(self.running[first:], key=lambda request: len(request.prompt))
-        self.running[first:] = admitted
-        del self.waiting[: len(admitted)]
+            if long:
+                self.filling = request
+            else:
+                admitted.append(request)
+        self.waiting = left
+        admitted.sort(key=lambda request: len(request.prompt))
+        self.running += admitted
         return admitted
 
+    @property
+    def present(self) -> list[Request]:
+        """Requests that have room in the cache."""
+        return [*self.running, self.filling] if self.filling is not None else self.running
+
+    def start(self) -> Request:
+        """The long prompt has been read: its request takes the next row."""
+        assert self.filling is not None
+        request, self.filling = self.filling, None
+        self.running.append(request)
+        return request
+
     def cancel(self, request_id: int) -> int | None:
-        """Takes a request out of the queue, or returns the row where it runs, to be released; else None."""
+        """Takes a request out of the queue, or returns the row where it runs, to be released; else None. (One whose
+        prompt is being read is let go: whoever reads it must look.)"""
+        if self.filling is not None and self.filling.id == request_id:
+            self.filling.state, self.filling = "finished", None
+            return None
         for place, request in enumerate(self.waiting):
             if request.id == request_id:
                 request.state = "finished"
