@@ -130,7 +130,7 @@ def test_room_counts_a_page_that_each_request_leaves_half_empty() -> None:
     "seeds", [range(20), pytest.param(range(20, 150), marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_mixes_of_requests_are_the_bits_of_each_alone(config: ModelConfig, dtype: torch.dtype, seeds: range) -> None:
-    """Arrivals, lengths, cancellations, shared beginnings, prompts in pieces, a cache too small for all: ids and log-probabilities."""
+    """Ids and log-probabilities, whatever arrives, is cancelled, begins alike, is read in pieces or waits for room."""
     for seed in seeds:
         rng = random.Random(seed)
         engine, pages = native(

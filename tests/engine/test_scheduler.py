@@ -21,7 +21,8 @@ def test_short_requests_flow_while_one_long_prompt_at_a_time_is_read() -> None:
     for number, prompt in enumerate((40, 4, 50, 4, 4)):
         queue.add(request(number, prompt=prompt))
     assert ids(queue.admit()) == [1, 3, 4]
-    assert queue.filling is not None and queue.filling.id == 0
+    assert queue.filling is not None
+    assert queue.filling.id == 0
     assert ids(queue.waiting) == [2]
     queue.add(request(5))
     queue.release([0])
@@ -31,7 +32,8 @@ def test_short_requests_flow_while_one_long_prompt_at_a_time_is_read() -> None:
     queue.release([1])
     queue.add(request(6))
     assert queue.admit() == []  # now the long one is first, and takes the slot
-    assert queue.filling is not None and queue.filling.id == 2
+    assert queue.filling is not None
+    assert queue.filling.id == 2
     assert queue.cancel(2) is None
     assert queue.filling is None
     assert ids(queue.admit()) == [6]
