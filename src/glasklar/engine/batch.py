@@ -68,7 +68,7 @@ class Rows:
             params = request.params
             self.length[row], self.limit[row] = len(request.prompt), request.limit
             self.temperature[row], self.seed[row] = params.temperature, params.seed % (1 << 64)
-            self.special[row] = params.special
+            self.special[row] = request.special
             self.stops[row, : len(params.stop_ids)] = params.stop_ids
 
     def _grow(self, rows: int, *, stops: int, tokens: int) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from glasklar.engine.batch import Rows
 from glasklar.engine.cache import SlotCache
+from glasklar.engine.guide import Guide
 from glasklar.engine.native_runner import PASS_TOKENS, NativeRunner, runs_native
 from glasklar.engine.packed import PackedModel
 from glasklar.engine.paged import PageRoom
@@ -110,8 +111,13 @@ class Engine:
             raise RequestError("refresh: requests are running; finish or cancel them before the weights change")
         self.runner.refresh()
 
-    def add(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> int:
+    def add(
+        self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0, guide: Guide | None = None
+    ) -> int:
         """Queues a prompt; returns the request's id. Answers end where the model's context does.
+
+        priority   higher runs first; among equals the earlier one
+        guide      says token by token what may come next
 
         Raises RequestError for an empty prompt, ids outside the vocabulary or a prompt that fills the context, and
         CapacityError where the cache could never hold prompt and answer.
@@ -119,7 +125,7 @@ class Engine:
         prompt = list(prompt_ids)
         self._check(prompt, params)
         limit = min(params.max_tokens, self.config.max_position_embeddings - len(prompt))
-        request = Request(id=self._next_id, prompt=prompt, params=params, limit=limit, priority=priority)
+        request = Request(id=self._next_id, prompt=prompt, params=params, limit=limit, priority=priority, guide=guide)
         if not self.room.fits(1, request.reserve, request.reserve):
             raise CapacityError(
                 f"prompt of {len(prompt)} and answer of up to {limit} tokens: the cache holds {self.room.max_tokens}; "
@@ -194,7 +200,7 @@ class Engine:
         if admitted := self.scheduler.admit():
             prompts = [request.prompt for request in admitted]
             self.rows.append(admitted)
-            made.append(self._pass(first, first, lambda: self.runner.prefill(prompts, first)))
+            made.append(self._pass(first, first, lambda: self._prefill(admitted, prompts, first)))
             self.stats.prompt_tokens += sum(len(prompt) for prompt in prompts)
         if (filled := self._fill()) is not None:
             made.append(filled)
@@ -204,6 +210,12 @@ class Engine:
         self.stats.prefill_seconds += middle - start
         self.stats.decode_seconds += time.perf_counter() - middle
         return made
+
+    def _prefill(self, admitted: Sequence[Request], prompts: Sequence[Sequence[int]], first: int) -> Result:
+        result = self.runner.prefill(prompts, first)
+        for request, known in zip(admitted, result.cached, strict=bool(result.cached)):
+            request.cached = known
+        return result
 
     def _fill(self) -> _Made | None:
         """Reads a piece of the long prompt; after the last one its request becomes a row."""
@@ -217,6 +229,7 @@ class Engine:
             raise
         if result is None:
             return None
+        request.cached = result.cached[0] if result.cached else 0
         self.rows.append([self.scheduler.start()])
         self.stats.prompt_tokens += len(request.prompt)
         return self._sample(result, row)
@@ -252,7 +265,9 @@ class Engine:
         temperature, numbers = rows.temperature[first:n], uniform(rows.seed[first:n], rows.length[first:n])
 
         def special_row(place: int, i: int) -> SpecialRow:
-            return SpecialRow(place, requests[i].params, requests[i].prompt, rows.answer(first + i))
+            request = requests[i]
+            allowed = request.guide.allowed() if request.guide is not None else None
+            return SpecialRow(place, request.params, request.prompt, rows.answer(first + i), allowed)
 
         if result.tokens is None or result.logprobs is None:
             wanted = [special_row(i, i) for i in special.tolist()]
@@ -273,6 +288,7 @@ class Engine:
         requests = self.scheduler.running[first:n]
         sampled = self._choose(result, first)
         stopped = rows.record(first, sampled.tokens, sampled.logprobs)
+        self._guide(requests, sampled, first)
         self.stats.tokens += int(sampled.finite.sum())
         for i, alternatives in sampled.alternatives.items():
             self._alternatives.setdefault(requests[i].id, []).append(alternatives)
@@ -280,7 +296,7 @@ class Engine:
         made = _Made(requests, sampled, {}, {}, {})
         for i in np.flatnonzero(ended).tolist():
             if not sampled.finite[i]:
-                made.finish[i], made.errors[i] = "error", _not_finite(requests[i])
+                made.finish[i], made.errors[i] = "error", _failure(requests[i])
                 continue
             made.finish[i] = "stop" if stopped[i] else "length"
             made.completions[i] = self._completion(first + i, made.finish[i])
@@ -288,6 +304,18 @@ class Engine:
         if made.errors:
             self.runner.clear_from(self.rows.n)
         return made
+
+    def _guide(self, requests: Sequence[Request], sampled: Sampled, first: int) -> None:
+        """Tells guides what was chosen; a row whose guide allowed nothing has failed."""
+        for i in np.flatnonzero(self.rows.special[first : self.rows.n]).tolist():
+            guide = requests[i].guide
+            if guide is None or not sampled.finite[i]:
+                continue
+            allowed = guide.allowed()
+            if allowed is None or allowed[sampled.tokens[i]]:
+                guide.accept(int(sampled.tokens[i]))
+            else:
+                sampled.finite[i] = False
 
     def _completion(self, row: int, finish: FinishReason) -> Completion:
         return Completion(
@@ -323,12 +351,16 @@ def _events(made: _Made) -> list[TokenEvent]:
                 logprob=float(made.sampled.logprobs[i]),
                 alternatives=made.sampled.alternatives.get(i, ()),
                 finish=made.finish.get(i),
+                cached=request.cached,
             )
         )
     return events
 
 
-def _not_finite(request: Request) -> GlasklarError:
+def _failure(request: Request) -> GlasklarError:
+    """Why a row brought no token."""
+    if request.guide is not None and (allowed := request.guide.allowed()) is not None and not allowed.any():
+        return RequestError(f"request {request.id}: the answer cannot go on, its guide allows no token here")
     return GlasklarError(
         f"request {request.id} (prompt of {len(request.prompt)} tokens): the model's logits hold NaN or infinity; "
         "its weights are damaged or its training has diverged"

@@ -50,7 +50,8 @@ class NativeRunner:
     ) -> None:
         self.spare = max_slots  # where the cache keeps a prompt that is being read
         self.chunk_tokens = min(chunk_tokens, PASS_TOKENS)
-        self._filled: int | None = None  # tokens of it that were read
+        self._filled: int | None = None  # tokens of it that were read, and how many of them the cache had
+        self._known = 0
         self.threads = torch.get_num_threads()
         self.model, self.quantise = model, quantise
         self.network = self._network()
@@ -78,7 +79,7 @@ class NativeRunner:
     def fill(self, prompt: Sequence[int], row: int) -> Result | None:
         """Reads the next piece of a long prompt; after the last one it stands in `row` and its logits are returned."""
         if self._filled is None:
-            self._filled = self.cache.begin(self.spare, prompt)
+            self._filled = self._known = self.cache.begin(self.spare, prompt)
         begin, self._filled = self._filled, min(self._filled + self.chunk_tokens, len(prompt))
         end = self._filled
         self.cache.reach(self.spare, end)
@@ -92,7 +93,7 @@ class NativeRunner:
         self.cache.publish(self.spare, prompt)
         self.cache.move([(self.spare, row)])
         self._filled = None
-        return Result(torch.from_numpy(logits))
+        return Result(torch.from_numpy(logits), cached=[self._known])
 
     def abandon(self) -> None:
         """Drops the prompt that is being read."""
@@ -126,12 +127,14 @@ class NativeRunner:
         samples of one problem) are computed once."""
         once, places = distinct(prompts)
         tokens: list[tuple[int, int, int]] = []  # id, position, row
+        cached = [0] * len(once)
         first = {place: start + row for row, place in reversed(list(enumerate(places)))}
         for place, prompt in enumerate(once):
             row = first[place]
-            known = self.cache.begin(row, prompt)
+            had = self.cache.begin(row, prompt)
+            cached[place] = had
             self.cache.reach(row, len(prompt))
-            tokens += [(prompt[p], p, row) for p in range(known, len(prompt))]
+            tokens += [(prompt[p], p, row) for p in range(had, len(prompt))]
         ends = {(len(prompt) - 1, first[place]): place for place, prompt in enumerate(once)}
         logits_BW = torch.empty(len(once), self.config.vocab_size)
         for begin in range(0, len(tokens), PASS_TOKENS):
@@ -144,10 +147,12 @@ class NativeRunner:
                 logits_BW[place] = torch.from_numpy(found)
         for place, prompt in enumerate(once):
             self.cache.publish(first[place], prompt)
+        known = [cached[place] for place in places]
         for row, place in enumerate(places, start):
             if row != first[place]:
                 self.cache.fork(first[place], row, len(once[place]))
-        return Result(logits_BW[places] if len(once) < len(prompts) else logits_BW)
+                known[row - start] = len(once[place])
+        return Result(logits_BW[places] if len(once) < len(prompts) else logits_BW, cached=known)
 
     def decode(self, rows: Rows, temperature: NDArray[np.float64], uniform: NDArray[np.float64]) -> Result:
         """Runs the last token of every row. Returns logits of the next ones [n, W], and tokens drawn from them."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from glasklar.engine.guide import Guide
 from glasklar.errors import GlasklarError, RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -74,6 +75,8 @@ class Request:
 
     limit      most tokens to make: `max_tokens`, or less where the model's context ends before
     priority   higher runs first; among equals the earlier one
+    guide      what may come next, beside the model
+    cached     prompt tokens that the cache had already
     """
 
     id: int
@@ -81,7 +84,14 @@ class Request:
     params: SamplingParams
     limit: int
     priority: int = 0
+    guide: Guide | None = None
+    cached: int = 0
     state: State = "waiting"
+
+    @property
+    def special(self) -> bool:
+        """Whether the sampler must do more for it than apply a temperature."""
+        return self.params.special or self.guide is not None
 
     @property
     def reserve(self) -> int:
@@ -96,6 +106,7 @@ class TokenEvent:
     logprob        of the token under the model's own distribution (temperature 1, before any truncation)
     alternatives   (id, logprob) of the most probable tokens, best first
     finish         set with the last token
+    cached         prompt tokens that the cache had already
     error          why the request failed (finish "error"; then there is no token and `token` is -1)
     """
 
@@ -104,6 +115,7 @@ class TokenEvent:
     logprob: float
     alternatives: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
+    cached: int = 0
     error: GlasklarError | None = None
 
 

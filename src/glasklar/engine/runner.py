@@ -22,11 +22,12 @@ PREFILL_TOKENS = 1 << 13
 @dataclass(frozen=True)
 class Result:
     """What a pass brought: logits of the next tokens [n, W]; where it drew them itself, the tokens of plain rows and
-    their log-probabilities [n]."""
+    their log-probabilities [n]; `cached`: prompt tokens of each that the cache had already (none: no cache of them)."""
 
     logits_BW: Tensor
     tokens: NDArray[np.int64] | None = None
     logprobs: NDArray[np.float32] | None = None
+    cached: Sequence[int] = ()
 
 
 class Runner:

@@ -4,7 +4,7 @@ A token depends on its row's logits, seed and position alone: randomness is a ha
 inverts the cumulative distribution in the order of the vocabulary, so neither the company in the batch nor the state of
 any generator matters.
 
-Order of the steps: penalties, bias, temperature; top-k; top-p among what top-k left; min-p.
+Order of the steps: penalties, bias, what a guide allows, temperature; top-k; top-p among what top-k left; min-p.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ class Sampled:
 
 @dataclass(frozen=True)
 class SpecialRow:
-    """A row of the batch whose request asks for more than a temperature: its settings, prompt and answer so far."""
+    """A row of the batch whose request asks for more than a temperature: its settings, prompt and answer so far, and
+    the tokens that its guide allows."""
 
     row: int
     params: SamplingParams
     prompt: Sequence[int]
     made: Sequence[int]
+    allowed: NDArray[np.bool_] | None = None
 
 
 def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -140,6 +142,8 @@ def _adjust(
             logits_BW[s.row] = penalise(logits_BW[s.row], s.params, s.prompt, s.made)
         for token, bias in s.params.logit_bias.items():
             logits_BW[s.row, token] += bias
+        if s.allowed is not None:
+            logits_BW[s.row].masked_fill_(~_to(s.allowed, logits_BW), float("-inf"))
     cut = [s for s in special if s.params.truncated]
     if cut:
         device, rows = logits_BW.device, [s.row for s in cut]
