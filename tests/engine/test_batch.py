@@ -30,10 +30,14 @@ def test_rounding_is_upward_stable_and_frugal() -> None:
 def test_columns_follow_their_requests_through_moves() -> None:
     rows = Rows()
     rows.append([request(1, prompt=4, limit=3), request(2, prompt=9, limit=5, stops=(7,))])
-    assert rows.record(0, np.array([5, 6]), np.array([-0.5, -0.25], np.float32)).tolist() == [False, False]
+    assert rows.record(np.arange(2), np.array([5, 6]), np.array([-0.5, -0.25], np.float32)).tolist() == [False, False]
     rows.append([request(3, prompt=2, limit=9, stops=(8, 9))])
     assert rows.longest == 10
-    assert rows.record(0, np.array([7, 7, 9]), np.array([-1.0, -2.0, -4.0], np.float32)).tolist() == [False, True, True]
+    assert rows.record(np.arange(3), np.array([7, 7, 9]), np.array([-1.0, -2.0, -4.0], np.float32)).tolist() == [
+        False,
+        True,
+        True,
+    ]
     rows.move([(2, 0)], 2)
     assert [rows.answer(row) for row in range(2)] == [[9], [6, 7]]
     assert rows.logprobs[1, :2].tolist() == [-0.25, -2.0]

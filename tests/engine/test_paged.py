@@ -134,7 +134,8 @@ def test_mixes_of_requests_are_the_bits_of_each_alone(config: ModelConfig, dtype
     for seed in seeds:
         rng = random.Random(seed)
         engine, pages = native(
-            config, dtype, max_slots=rng.choice((2, 5, 9)), max_tokens=rng.choice((192, 320, 2048)),
+            config, dtype, draft_tokens=rng.choice((0, 3, 7)), max_slots=rng.choice((2, 5, 9)),
+            max_tokens=rng.choice((192, 320, 2048)),
             chunk_tokens=rng.choice((3, 16, 25, 512)),
         )  # fmt: skip
         begins = [[rng.randrange(61) for _ in range(rng.randrange(70))] for _ in range(3)]
@@ -163,5 +164,5 @@ def test_mixes_of_requests_are_the_bits_of_each_alone(config: ModelConfig, dtype
 
 
 def alone(config: ModelConfig, dtype: torch.dtype, prompt: list[int], params: SamplingParams) -> Completion:
-    [completion] = native(config, dtype, max_slots=1)[0].generate([prompt], params)
+    [completion] = native(config, dtype, max_slots=1, draft_tokens=0)[0].generate([prompt], params)
     return completion

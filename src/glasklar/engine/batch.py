@@ -92,9 +92,8 @@ class Rows:
                     column[target] = column[source]
         self.n = left
 
-    def record(self, start: int, tokens: IntArray, logprobs: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Takes one new token for each of the rows from `start` on. Returns which of them are stopped by it."""
-        rows = np.arange(start, start + len(tokens))
+    def record(self, rows: IntArray, tokens: IntArray, logprobs: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Takes one new token for each of the rows. Returns which of them are stopped by it."""
         self.tokens[rows, self.made[rows]] = tokens
         self.logprobs[rows, self.made[rows]] = logprobs
         self.last[rows] = tokens

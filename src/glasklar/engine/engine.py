@@ -18,9 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from glasklar.engine.batch import Rows
 from glasklar.engine.cache import SlotCache
+from glasklar.engine.draft import Gain, Lookup
 from glasklar.engine.guide import Guide
 from glasklar.engine.native_runner import PASS_TOKENS, NativeRunner, runs_native
 from glasklar.engine.packed import PackedModel
@@ -32,25 +34,32 @@ from glasklar.engine.scheduler import Room, Scheduler, SlotRoom
 from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.model.transformer import Transformer
 
+# Most rows for which drafts are made: with more, a pass is full without them.
+DRAFT_ROWS = 8
+
 
 @dataclass(kw_only=True)
 class Stats:
-    """What the engine has done since it was made. Seconds are wall-clock."""
+    """What the engine has done since it was made. Seconds are wall-clock. `drafted` tokens were guessed, of which the
+    model confirmed those `accepted`."""
 
     prompt_tokens: int = 0
     tokens: int = 0
     steps: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What one pass brought, in row order: `sampled` holds a token for each of `requests` (None: the pass failed).
+    """What one pass brought: `sampled` holds a token for each of `requests`, in rows `places` (None: the pass failed).
 
     `finish`, `errors` and `completions` are those of requests that ended, by place; an error has no completion.
     """
 
+    places: NDArray[np.int64]
     requests: list[Request]
     sampled: Sampled | None
     finish: dict[int, FinishReason]
@@ -65,6 +74,7 @@ class Engine:
     max_tokens       most cache tokens of all slots together; memory is taken as it is needed
     prefill_tokens   prompt tokens taken up in one step, so that running answers keep flowing
     chunk_tokens     a longer prompt is read in pieces of so many tokens, one in a step (C++ passes only)
+    draft_tokens     most tokens guessed ahead for a request, while few run and it gains; 0: none (C++ passes only)
     native           True: passes in C++, False: in PyTorch; None: in C++ where that is possible
     """
 
@@ -76,6 +86,7 @@ class Engine:
         max_tokens: int = 1 << 17,
         prefill_tokens: int = 1 << 13,
         chunk_tokens: int = PASS_TOKENS,
+        draft_tokens: int = 4,
         native: bool | None = None,
     ) -> None:
         self.model, self.config = model, model.config
@@ -96,6 +107,9 @@ class Engine:
             )
         chunk = chunk_tokens if native else None
         self.scheduler = Scheduler(self.room, prefill_tokens=prefill_tokens, chunk=chunk)
+        self.draft_tokens = draft_tokens if native else 0
+        self.gain = Gain()
+        self._lookups: dict[int, Lookup] = {}
         self.rows = Rows()
         self.stats = Stats()
         self._next_id = 0
@@ -194,28 +208,28 @@ class Engine:
     def _advance(self) -> list[_Made]:
         """One step: the prompts that are admitted, a piece of a long one, then one token for all rows."""
         self.stats.steps += 1
-        made = []
+        made: list[_Made] = []
         start = time.perf_counter()
         first = self.rows.n
         if admitted := self.scheduler.admit():
             prompts = [request.prompt for request in admitted]
             self.rows.append(admitted)
-            made.append(self._pass(first, first, lambda: self._prefill(admitted, prompts, first)))
+            made += self._pass(first, first, lambda: self._prefill(admitted, prompts, first))
             self.stats.prompt_tokens += sum(len(prompt) for prompt in prompts)
         if (filled := self._fill()) is not None:
             made.append(filled)
         middle = time.perf_counter()
         if self.rows.n:
-            made.append(self._pass(0, self.rows.n, self._decode))
+            made += self._decode_all()
         self.stats.prefill_seconds += middle - start
         self.stats.decode_seconds += time.perf_counter() - middle
         return made
 
-    def _prefill(self, admitted: Sequence[Request], prompts: Sequence[Sequence[int]], first: int) -> Result:
+    def _prefill(self, admitted: Sequence[Request], prompts: Sequence[Sequence[int]], first: int) -> list[_Made]:
         result = self.runner.prefill(prompts, first)
         for request, known in zip(admitted, result.cached, strict=bool(result.cached)):
             request.cached = known
-        return result
+        return [self._sample(result, first)]
 
     def _fill(self) -> _Made | None:
         """Reads a piece of the long prompt; after the last one its request becomes a row."""
@@ -234,11 +248,74 @@ class Engine:
         self.stats.prompt_tokens += len(request.prompt)
         return self._sample(result, row)
 
-    def _decode(self) -> Result:
-        rows, n = self.rows, self.rows.n
-        return self.runner.decode(rows, rows.temperature[:n], uniform(rows.seed[:n], rows.length[:n]))
+    def _decode_all(self) -> list[_Made]:
+        """A token for every row, or several where guesses hold."""
+        n = self.rows.n
+        if not self.draft_tokens or n > DRAFT_ROWS:
+            return self._pass(0, n, self._decode)
+        begin, before = time.perf_counter(), self.stats.tokens
+        guesses = self._guesses() if self.gain.drafting else []
+        made = self._pass(0, n, (lambda: self._verify(guesses)) if any(guesses) else self._decode)
+        self.gain.note((self.stats.tokens - before) / n, time.perf_counter() - begin)
+        return made
 
-    def _pass(self, first: int, cached: int, run: Callable[[], Result]) -> _Made:
+    def _guesses(self) -> list[list[int]]:
+        """Tokens that may come next, for each row; none for those that ask for more than a temperature."""
+        guesses: list[list[int]] = []
+        for row, request in enumerate(self.scheduler.running):
+            most = min(self.draft_tokens, request.limit - int(self.rows.made[row]) - 1)
+            if request.special or most < 1:
+                guesses.append([])
+                continue
+            lookup = self._lookups.setdefault(request.id, Lookup())
+            known, prompt = len(lookup.tokens), request.prompt
+            if known == 0:
+                lookup.extend(prompt)
+                known = len(prompt)
+            lookup.extend(self.rows.answer(row)[known - len(prompt) :])
+            guesses.append(lookup.guess(most))
+        return guesses
+
+    def _verify(self, guesses: Sequence[Sequence[int]]) -> list[_Made]:
+        """Runs the last token of each row and its guesses. A guess stands where it is what the model then chooses."""
+        assert isinstance(self.runner, NativeRunner)
+        rows, n = self.rows, self.rows.n
+        counts = np.array([1 + len(guess) for guess in guesses])
+        first = np.cumsum(counts) - counts
+        depth = np.arange(counts.sum()) - np.repeat(first, counts)
+        numbers = uniform(np.repeat(rows.seed[:n], counts), np.repeat(rows.length[:n], counts) + depth)
+        result = self.runner.decode(rows, np.repeat(rows.temperature[:n], counts), numbers, guesses)
+        assert result.tokens is not None
+        assert result.logprobs is not None
+        going = np.arange(n)
+        made = [self._record(going, self._choose(result.at(first), 0))]
+        self.stats.drafted += int((counts - 1).sum())
+        for place in range(1, int(counts.max())):
+            ended = {int(going[i]) for i in made[-1].finish}
+            at = first[going] + place - 1
+            going = np.array(
+                [
+                    row
+                    for row, i in zip(going.tolist(), at.tolist(), strict=True)
+                    if row not in ended and place < counts[row] and result.tokens[i] == guesses[row][place - 1]
+                ],
+                np.int64,
+            )
+            if not len(going):
+                break
+            at = first[going] + place
+            logprobs = result.logprobs[at]
+            made.append(self._record(going, Sampled(result.tokens[at], logprobs, np.isfinite(logprobs), {})))
+            self.stats.accepted += len(going)
+        self._let_go(made)
+        return made
+
+    def _decode(self) -> list[_Made]:
+        rows, n = self.rows, self.rows.n
+        numbers = uniform(rows.seed[:n], rows.length[:n])
+        return [self._sample(self.runner.decode(rows, rows.temperature[:n], numbers), 0)]
+
+    def _pass(self, first: int, cached: int, run: Callable[[], list[_Made]]) -> list[_Made]:
         """A pass for the rows from `first` on, while the first `cached` rows have something in the cache.
 
         Where memory does not suffice, the pass's requests end with the error. Whatever else happens, they do not stay
@@ -246,13 +323,14 @@ class Engine:
         """
         try:
             self.runner.fit(self.rows.n, self.rows.longest, keep=cached)
-            return self._sample(run(), first)
+            return run()
         except (CapacityError, torch.OutOfMemoryError) as error:
             requests = self.scheduler.running[first:]
             reason = error if isinstance(error, CapacityError) else CapacityError(f"out of memory: {error}")
             self._release(range(first, self.rows.n))
-            places = range(len(requests))
-            return _Made(requests, None, dict.fromkeys(places, "error"), dict.fromkeys(places, reason), {})
+            every = range(len(requests))
+            places = np.arange(first, first + len(requests))
+            return [_Made(places, requests, None, dict.fromkeys(every, "error"), dict.fromkeys(every, reason), {})]
         except BaseException:
             self._release(range(first, self.rows.n))
             raise
@@ -284,30 +362,39 @@ class Engine:
 
     def _sample(self, result: Result, first: int) -> _Made:
         """Chooses and records a token for each row from `first` on, and lets go of those that ended."""
-        rows, n = self.rows, self.rows.n
-        requests = self.scheduler.running[first:n]
-        sampled = self._choose(result, first)
-        stopped = rows.record(first, sampled.tokens, sampled.logprobs)
-        self._guide(requests, sampled, first)
+        made = self._record(np.arange(first, self.rows.n), self._choose(result, first))
+        self._let_go([made])
+        return made
+
+    def _record(self, places: NDArray[np.int64], sampled: Sampled) -> _Made:
+        """Records a token for each of the rows; those that ended are still there."""
+        rows = self.rows
+        requests = [self.scheduler.running[row] for row in places.tolist()]
+        stopped = rows.record(places, sampled.tokens, sampled.logprobs)
+        self._guide(places, requests, sampled)
         self.stats.tokens += int(sampled.finite.sum())
         for i, alternatives in sampled.alternatives.items():
             self._alternatives.setdefault(requests[i].id, []).append(alternatives)
-        ended = stopped | (rows.made[first:n] >= rows.limit[first:n]) | ~sampled.finite
-        made = _Made(requests, sampled, {}, {}, {})
+        ended = stopped | (rows.made[places] >= rows.limit[places]) | ~sampled.finite
+        made = _Made(places, requests, sampled, {}, {}, {})
         for i in np.flatnonzero(ended).tolist():
             if not sampled.finite[i]:
                 made.finish[i], made.errors[i] = "error", _failure(requests[i])
                 continue
             made.finish[i] = "stop" if stopped[i] else "length"
-            made.completions[i] = self._completion(first + i, made.finish[i])
-        self._release([first + i for i in made.finish], whole=[first + i for i in made.completions])
-        if made.errors:
-            self.runner.clear_from(self.rows.n)
+            made.completions[i] = self._completion(int(places[i]), made.finish[i])
         return made
 
-    def _guide(self, requests: Sequence[Request], sampled: Sampled, first: int) -> None:
+    def _let_go(self, made: Sequence[_Made]) -> None:
+        """Closes the rows that ended."""
+        gone = [int(part.places[i]) for part in made for i in part.finish]
+        self._release(gone, whole=[int(part.places[i]) for part in made for i in part.completions])
+        if any(part.errors for part in made):
+            self.runner.clear_from(self.rows.n)
+
+    def _guide(self, places: NDArray[np.int64], requests: Sequence[Request], sampled: Sampled) -> None:
         """Tells guides what was chosen; a row whose guide allowed nothing has failed."""
-        for i in np.flatnonzero(self.rows.special[first : self.rows.n]).tolist():
+        for i in np.flatnonzero(self.rows.special[places]).tolist():
             guide = requests[i].guide
             if guide is None or not sampled.finite[i]:
                 continue
@@ -331,6 +418,7 @@ class Engine:
         for row in rows:
             request = self.scheduler.running[row]
             self._alternatives.pop(request.id, None)
+            self._lookups.pop(request.id, None)
             self.runner.release(row, [*request.prompt, *self.rows.answer(row)[:-1]] if row in whole else [])
         moves = self.scheduler.release(rows)
         self.runner.move(moves)

@@ -154,18 +154,36 @@ class NativeRunner:
                 known[row - start] = len(once[place])
         return Result(logits_BW[places] if len(once) < len(prompts) else logits_BW, cached=known)
 
-    def decode(self, rows: Rows, temperature: NDArray[np.float64], uniform: NDArray[np.float64]) -> Result:
-        """Runs the last token of every row. Returns logits of the next ones [n, W], and tokens drawn from them."""
+    def decode(
+        self,
+        rows: Rows,
+        temperature: NDArray[np.float64],
+        uniform: NDArray[np.float64],
+        guesses: Sequence[Sequence[int]] = (),
+    ) -> Result:
+        """Runs the last token of every row, each followed by its guesses. Returns logits of the next ones, and tokens
+        drawn from them: an output for every token that is run, row by row."""
         n = rows.n
-        ids, positions = rows.last[:n].astype(np.int32), (rows.length[:n] - 1).astype(np.int32)
-        for row in np.flatnonzero(positions % PAGE == 0).tolist():
-            self.cache.reach(row, int(positions[row]) + 1)
+        sequences, ids = np.arange(n, dtype=np.int32), rows.last[:n].astype(np.int32)
+        positions = (rows.length[:n] - 1).astype(np.int32)
+        if guesses:
+            counts = [1 + len(guess) for guess in guesses]
+            ids = np.array(
+                [t for last, guess in zip(ids.tolist(), guesses, strict=True) for t in (last, *guess)], np.int32
+            )
+            places = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+            sequences, positions = np.repeat(sequences, counts), np.repeat(positions, counts) + places
+            for row, count in enumerate(counts):
+                self.cache.reach(row, int(rows.length[row]) - 1 + count)
+        for row in np.flatnonzero((rows.length[:n] - 1) % PAGE == 0).tolist():
+            self.cache.reach(row, int(rows.length[row]))
         parts = []
-        for begin in range(0, n, PASS_TOKENS):
-            part = slice(begin, min(begin + PASS_TOKENS, n))
+        for begin in range(0, len(ids), PASS_TOKENS):
+            part = slice(begin, min(begin + PASS_TOKENS, len(ids)))
             outputs = np.arange(part.stop - begin, dtype=np.int32)
-            rows_B = np.arange(begin, part.stop, dtype=np.int32)
-            parts.append(self._run(ids[part], positions[part], rows_B, outputs, temperature[part], uniform[part]))
+            parts.append(
+                self._run(ids[part], positions[part], sequences[part], outputs, temperature[part], uniform[part])
+            )
         logits, tokens, logprobs = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Result(torch.from_numpy(logits), tokens.astype(np.int64), logprobs)
 

@@ -29,6 +29,12 @@ class Result:
     logprobs: NDArray[np.float32] | None = None
     cached: Sequence[int] = ()
 
+    def at(self, places: NDArray[np.int64]) -> Result:
+        """The part for some outputs."""
+        tokens = None if self.tokens is None else self.tokens[places]
+        logprobs = None if self.logprobs is None else self.logprobs[places]
+        return Result(self.logits_BW[torch.from_numpy(places)], tokens, logprobs)
+
 
 class Runner:
     """Holds the model and its cache, and no weights of its own: what the trainer changes in place is used at once."""
