@@ -9,7 +9,6 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,42 +17,21 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.loading import Model
+from glasklar.serve.backend import Backend
 from glasklar.serve.chat import collect, stream
 from glasklar.serve.guard import LOOPBACK, Guard, error_body
 from glasklar.serve.news import RunNews
+from glasklar.serve.routes_page import add_page_routes
 from glasklar.serve.schema import ChatRequest
 from glasklar.serve.service import ModelService
 
-PAGE = Path(__file__).parent / "page"
-TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEARTBEAT = 15.0  # seconds of silence after which a stream says that it is alive
 
 T = TypeVar("T")
-
-
-@dataclass(eq=False)
-class Backend:
-    """What the routes stand on. While a run is being made there is no service yet."""
-
-    service: ModelService | None = None
-    news: RunNews | None = None
-    failure: str | None = None
-
-    @property
-    def state(self) -> str:
-        if self.failure is not None:
-            return "failed"
-        return "training" if self.service is None else "serving"
-
-    def ready(self) -> ModelService:
-        """The service. Raises CapacityError while the model is still being trained."""
-        if self.service is None:
-            raise CapacityError("the model is still being trained; watch it at / and ask again when it is done")
-        return self.service
 
 
 def create_app(backend: Backend, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
@@ -61,8 +39,7 @@ def create_app(backend: Backend, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
     app = FastAPI(title="glasklar", version=version("glasklar"), docs_url=None, redoc_url=None)
     app.add_middleware(Guard, hosts=hosts)
     _errors(app)
-    _pages(app, backend)
-    _news(app, backend)
+    add_page_routes(app, backend)
     _api(app, backend)
     return app
 
@@ -91,47 +68,6 @@ def _api(app: FastAPI, backend: Backend) -> None:
             return StreamingResponse(chunks, media_type="text/event-stream", headers={"cache-control": "no-store"})
         reply = await _unless_gone(request, collect(service, body, ids, head))
         return JSONResponse(reply) if reply is not None else Response(status_code=499)
-
-
-def _news(app: FastAPI, backend: Backend) -> None:
-    @app.get("/run/status")
-    def status() -> dict[str, Any]:
-        service, news = backend.service, backend.news
-        return {
-            "state": backend.state,
-            "model": None if service is None else service.name,
-            "run": None if news is None else news.name,
-            "error": backend.failure,
-            "single_turn": service is not None and service.model.single_turn,
-        }
-
-    @app.get("/run/metrics")
-    def metrics(since: int = 0) -> dict[str, Any]:
-        if since < 0:
-            raise RequestError(f"since = {since}: a line number is wanted, 0 or more")
-        return {"lines": [], "next": 0} if backend.news is None else backend.news.after(since)
-
-
-def _pages(app: FastAPI, backend: Backend) -> None:
-    files = {path.name: path for path in sorted(PAGE.iterdir()) if path.suffix in TYPES}
-
-    @app.get("/", include_in_schema=False)
-    def index() -> FileResponse:
-        return _file(files["index.html"])
-
-    @app.get("/page/{name}", include_in_schema=False)
-    def page(name: str) -> FileResponse:
-        if name not in files:
-            raise HTTPException(404, f"there is no file {name!r} of the page")
-        return _file(files[name])
-
-    @app.get("/favicon.ico", include_in_schema=False)
-    def icon() -> FileResponse:
-        return _file(files["icon.svg"])
-
-
-def _file(path: Path) -> FileResponse:
-    return FileResponse(path, media_type=TYPES[path.suffix], headers={"cache-control": "no-cache"})
 
 
 def _named(backend: Backend, name: str) -> ModelService:

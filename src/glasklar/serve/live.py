@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 
 from glasklar.loading import Model
-from glasklar.serve.app import Backend, listen, server_of, url_of
+from glasklar.serve.app import listen, server_of, url_of
+from glasklar.serve.backend import Backend
 from glasklar.serve.news import RunNews
 from glasklar.serve.service import ModelService
 

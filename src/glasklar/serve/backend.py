@@ -1,0 +1,30 @@
+"""What all routes stand on: the model's service, the run that is shown, the conversations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from glasklar.errors import CapacityError
+from glasklar.serve.news import RunNews
+from glasklar.serve.service import ModelService
+
+
+@dataclass(eq=False)
+class Backend:
+    """What the routes stand on. While a run is being made there is no service yet."""
+
+    service: ModelService | None = None
+    news: RunNews | None = None
+    failure: str | None = None
+
+    @property
+    def state(self) -> str:
+        if self.failure is not None:
+            return "failed"
+        return "training" if self.service is None else "serving"
+
+    def ready(self) -> ModelService:
+        """The service. Raises CapacityError while the model is still being trained."""
+        if self.service is None:
+            raise CapacityError("the model is still being trained; watch it at / and ask again when it is done")
+        return self.service
