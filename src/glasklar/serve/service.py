@@ -15,6 +15,7 @@ from glasklar.engine.engine import Engine
 from glasklar.engine.request import SamplingParams, TokenEvent
 from glasklar.errors import CapacityError, CheckpointError, GlasklarError, RequestError
 from glasklar.loading import Model
+from glasklar.serve.grammar import GuideMaker, GuideSpec
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class Submit:
 
     prompt: list[int]
     params: SamplingParams
+    guide: GuideSpec | None
+    priority: int
     mailbox: Mailbox
 
 
@@ -59,6 +62,7 @@ class ModelService:
             raise CheckpointError(f"{model.folder}: has no tokenizer.json; use `glasklar generate --prompt-ids`")
         self.model, self.tokenizer, self.name = model, model.tokenizer, model.name
         self.engine = Engine(model.network)
+        self.guides = GuideMaker(model.tokenizer, model.config.vocab_size)
         self._inbox: deque[Submit | Cancel] = deque()
         self._open: dict[int, Mailbox] = {}
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -81,15 +85,20 @@ class ModelService:
             raise RequestError(f"the prompt has {len(ids)} tokens, the model's context is {self.context}; shorten it")
         return ids
 
-    async def stream(self, prompt: list[int], params: SamplingParams) -> AsyncGenerator[TokenEvent, None]:
+    async def stream(
+        self, prompt: list[int], params: SamplingParams, *, guide: GuideSpec | None = None, priority: int = 0
+    ) -> AsyncGenerator[TokenEvent, None]:
         """Tokens as they are made. Leaving the iteration early cancels the request within one engine step.
+
+        guide      what may come next
+        priority   higher runs first
 
         Raises CapacityError when too many requests wait, GlasklarError when the request fails.
         """
         if self.waiting >= MAX_WAITING:
             raise CapacityError(f"{self.waiting} requests are waiting already; try again in a moment")
         mailbox = Mailbox(asyncio.get_running_loop())
-        self._send(Submit(prompt=prompt, params=params, mailbox=mailbox))
+        self._send(Submit(prompt=prompt, params=params, guide=guide, priority=priority, mailbox=mailbox))
         finished = False
         try:
             while not finished:
@@ -136,7 +145,8 @@ class ModelService:
             message = self._inbox.popleft()
             if isinstance(message, Submit):
                 try:
-                    request = self.engine.add(message.prompt, message.params)
+                    guide = None if message.guide is None else self.guides.make(message.guide)
+                    request = self.engine.add(message.prompt, message.params, message.priority, guide)
                 except GlasklarError as error:
                     message.mailbox.put(error)
                 else:
