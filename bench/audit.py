@@ -102,7 +102,7 @@ def parts(run: Path) -> dict[str, float]:
     from glasklar.audit.report import write_report
     from glasklar.audit.seal import seal
     from glasklar.corpus import select
-    from glasklar.provenance.hashing import merkle_root
+    from glasklar.data.documents import document_trees
     from glasklar.provenance.ledger import Ledger
     from glasklar.provenance.metrics import Metrics
     from glasklar.provenance.rundir import RunDir
@@ -120,7 +120,7 @@ def parts(run: Path) -> dict[str, float]:
         line = timed(lambda: [ledger.append("checkpoint", facts.of("checkpoint")[0]) for _ in range(20)])[0] / 20
         step = timed(lambda: [metrics.append(facts.steps[0]) for _ in range(200)])[0] / 200
         costs = {
-            "hashes of documents, s": timed(lambda: merkle_root(document.hash for document in train))[0],
+            "hashes of documents, s": timed(lambda: document_trees(train).root)[0],
             "hashes of states, s": 2 * hashing * len(facts.of("checkpoint")),  # tensors, and the file that holds them
             "ledger, s": line * len(facts.events),
             "metrics, s": step * (len(facts.steps) + len(facts.evaluations)),

@@ -59,7 +59,10 @@ def test_a_folder_takes_one_changed_line(tmp_path: Path) -> None:
     train, kept_out = split_documents(recipe)
     assert {document.text for document in train + kept_out} == written
     assert not {document.text for document in train} & {document.text for document in kept_out}
-    assert corpus.facts["root"] == merkle_root(document.hash for document in train)
+    [source] = {document.source for document in train}
+    root = merkle_root(document.hash for document in train)
+    assert corpus.facts["root"] == root
+    assert corpus.facts["source_roots"] == {source: {"documents": len(train), "licence": "mine", "root": root}}
     assert corpus.facts["licences"] == ["mine"]
 
 

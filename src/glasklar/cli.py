@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import webbrowser
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,7 @@ def up(
     runtime = _runtime(threads)
     loaded = load_recipe(recipe)
     folder = _home() / "runs" / loaded.name
-    with LiveServer(folder, port=port) as server:
+    with LiveServer(folder, port=port, tracing=_tracing(folder, runtime)) as server:
         out.print(f"[bold]glasklar[/] · {server.url}")
         if open_page and sys.stdout.isatty():
             webbrowser.open(server.url)
@@ -102,9 +103,11 @@ def serve(model: ModelName, port: Port = 8421, host: str = "127.0.0.1", threads:
     """Serve a model: OpenAI-compatible API and a page."""
     from glasklar.serve.app import serve as run_server
 
-    loaded = _load(model, _runtime(threads))
-    run = loaded.folder.parent
-    run_server(loaded, host=host, port=port, run=run if (run / "metrics.jsonl").is_file() else None)
+    runtime = _runtime(threads)
+    loaded = _load(model, runtime)
+    folder = loaded.folder.parent
+    run = folder if (folder / "metrics.jsonl").is_file() else None
+    run_server(loaded, host=host, port=port, run=run, tracing=_tracing(run, runtime))
 
 
 @app.command()
@@ -277,8 +280,9 @@ def trace(
     result = tracing.as_json(overlaps, tracer.facts["root"])
     lines = [*map(str, overlaps), f"{len(overlaps)} overlaps: {tracing.LABEL}"]
     if states and overlaps:
-        result["states"] = tracer.likelihoods(overlaps[0], query, runtime)
-        lines += [f"    {name}: {value:.3f} nats a token" for name, value in result["states"]]
+        [measured] = tracer.likelihoods(overlaps[:1], query, runtime)
+        result["states"] = [asdict(state) for state in measured]
+        lines += [f"    {s.checkpoint}, shown {s.shown} times: {s.logprob:.3f} nats a token" for s in measured]
     if as_json:
         _print(result, True, None)
     else:
@@ -361,6 +365,14 @@ def _home() -> Path:
     from glasklar.provenance.rundir import home
 
     return home(os.environ)
+
+
+def _tracing(run: Path | None, runtime: Runtime) -> Any:
+    """What a server traces answers with: the run that its model came from."""
+    from glasklar.audit.trace import RunTracing
+    from glasklar.provenance.rundir import RunDir
+
+    return None if run is None else RunTracing(RunDir(run), _home() / "cache" / "trace", runtime)
 
 
 def _load(name: str, runtime: Runtime) -> Any:

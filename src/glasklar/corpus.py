@@ -21,12 +21,12 @@ from typing import Any
 from glasklar.data.batches import PackedDocuments
 from glasklar.data.chat import demonstration
 from glasklar.data.cleaning import near_duplicates, overlaps
-from glasklar.data.documents import Document, Removed, evaluation_texts, held_out, read_source
+from glasklar.data.documents import Document, Removed, document_trees, evaluation_texts, held_out, read_source
 from glasklar.data.procedural import Mixture, TaskSource, demonstrations, documents
 from glasklar.data.tokenizer import SPECIAL, Tokenizer
 from glasklar.errors import CheckpointError
 from glasklar.provenance.files import write_atomic
-from glasklar.provenance.hashing import canonical_json, merkle_root, sha256_file
+from glasklar.provenance.hashing import SourceTrees, canonical_json, sha256_file
 from glasklar.recipe import Recipe, SFTStage
 
 TRAIN, REMOVED = "train.safetensors", "removed.jsonl"
@@ -71,13 +71,15 @@ def prepare(recipe: Recipe, folder: Path, workers: int = 1) -> Corpus:
     texts = [document.text for document in train]
     packed = PackedDocuments.of(list(_encoded(recipe, train, tokenizer)))
     packed.save(folder / TRAIN)
+    trees = document_trees(train)
     facts: dict[str, object] = {
         "documents": len(train),
         "bytes": sum(len(text.encode()) for text in texts),
         "tokens": len(packed.ids),
-        "root": merkle_root(document.hash for document in train),
+        "root": trees.root,
+        "source_roots": _source_roots(train, trees),
         "held_out_documents": len(kept_out),
-        "held_out_root": merkle_root(document.hash for document in kept_out),
+        "held_out_root": document_trees(kept_out).root,
         "licences": sorted({document.licence for document in train}),
         "tokenizer": tokenizer.hash,
         "train_file": sha256_file(folder / TRAIN),
@@ -89,6 +91,15 @@ def prepare(recipe: Recipe, folder: Path, workers: int = 1) -> Corpus:
         facts["removed_file"] = sha256_file(folder / REMOVED)
     write_atomic(facts_path, canonical_json(facts))
     return Corpus(tokenizer=tokenizer, train=packed, held_out=kept_out, facts=facts)
+
+
+def _source_roots(train: list[Document], trees: SourceTrees) -> dict[str, dict[str, object]]:
+    """What each source gave, and the root of its documents, from which the root of all follows."""
+    counts, licences = Counter(document.source for document in train), {d.source: d.licence for d in train}
+    return {
+        name: {"documents": counts[name], "licence": licences[name], "root": tree.root}
+        for name, tree in trees.trees.items()
+    }
 
 
 def _plain(text: str) -> str:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
-from glasklar.audit.trace import Tracer, as_json
+from glasklar.audit.trace import RunTracing, Tracer, as_json
+from glasklar.audit.trace_tables import Tables
+from glasklar.corpus import Corpus, training_documents
 from glasklar.data.batches import PackedDocuments, Packer
-from glasklar.data.trace import SHORTEST, TraceIndex
-from glasklar.errors import CheckpointError, RequestError
+from glasklar.data.trace import SHORTEST, Span, TraceIndex
+from glasklar.errors import CheckpointError, RecordError, RequestError
+from glasklar.loading import load
 from glasklar.provenance.hashing import proves
 from glasklar.provenance.rundir import RunDir
 from glasklar.recipe import PretrainStage
 from glasklar.runtime import Runtime
+from glasklar.serve.live import LiveServer
 
 TOKENS, DOCUMENT, PLANTED = 300_000, 500, 500
 
@@ -112,17 +118,24 @@ def tracer(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracer:
     return Tracer(RunDir(smoke_run), tmp_path_factory.mktemp("cache"))
 
 
+def longest(tracer: Tracer) -> int:
+    return int(np.diff(tracer.packed.starts).argmax())
+
+
 def test_a_document_leads_back_to_itself_and_to_the_root(tracer: Tracer) -> None:
-    number = max(range(len(tracer.documents)), key=lambda i: len(tracer.documents[i].text))
+    number = longest(tracer)
     begin, end = tracer.packed.starts[number : number + 2]
     query = tracer.packed.ids[begin + 1 : end - 1].tolist()
     best = tracer.find(query)[0]
-    document = tracer.documents[number]
+    document = training_documents(tracer.recipe, tracer.run.data)[number]
     assert (best.document, best.start, best.stop) == (number, 0, len(query))
-    assert best.text == document.text
+    assert (best.before, best.text, best.after) == ("", document.text, "")
     assert (best.source, best.licence, best.origin) == (document.source, document.licence, document.origin)
+    assert best.leaf == document.hash.hex()
     assert proves(bytes.fromhex(best.leaf), best.proof, str(tracer.facts["root"]))
     assert json.loads(json.dumps(as_json([best], "root")))["overlaps"][0]["steps"] is not None
+    part = next(span for span in tracer.find(query[10:-10]) if span.document == number)
+    assert part.before + part.text + part.after == document.text
 
 
 def test_steps_are_those_whose_batches_hold_the_document(tracer: Tracer) -> None:
@@ -137,12 +150,112 @@ def test_steps_are_those_whose_batches_hold_the_document(tracer: Tracer) -> None
         rows = packer.batch(k).ids_BT.tolist()
         if any(row[i : i + len(needle)] == needle for row in rows for i in range(len(row) - len(needle) + 1)):
             seen.append((0, k + 1))
-    assert tracer.steps({number})[number] == seen
+    assert tracer.tables.steps(tracer.recipe, Span(start=0, stop=len(needle), document=number, place=0)) == seen
+
+
+def test_steps_of_a_document_longer_than_a_row(tracer: Tracer, tmp_path: Path) -> None:
+    """Only the piece that holds the span counts."""
+    stage = tracer.recipe.stages[0].replace(length=16)
+    recipe = tracer.recipe.replace(stages=(stage, *tracer.recipe.stages[1:]))
+    corpus = Corpus(tokenizer=tracer.tokenizer, train=tracer.packed, held_out=[], facts=tracer.facts)
+    tables = Tables.open(recipe, corpus, tracer.run.data, tmp_path)
+    packer = Packer(tracer.packed, rows=stage.rows, length=16, seed=recipe.seed * 1000)
+    number = longest(tracer)
+    start = int(tracer.packed.starts[number])
+    for first, last in ((3, 12), (17, 30), (14, 40)):
+        wanted = {
+            (0, k + 1)
+            for k in range(stage.steps)
+            for begin in packer.shown(k).tolist()
+            if start + first - 16 < begin < start + last and start <= begin
+        }
+        assert set(tables.steps(recipe, Span(start=0, stop=last - first, document=number, place=first))) == wanted
+
+
+def test_cached_tables_are_the_same_and_damaged_ones_are_refused(tracer: Tracer, tmp_path: Path) -> None:
+    query = tracer.packed.ids[1:40].tolist()
+    run, cache = RunDir(tracer.run.path), tmp_path / "cache"
+    first, again = Tracer(run, cache), Tracer(run, cache)
+    assert again.find(query) == first.find(query) == tracer.find(query) != []
+    [origins] = cache.glob("*.origins.json")
+    places = json.loads(origins.read_bytes())
+    origins.write_text(json.dumps([[source, "CC-BY-4.0", *rest] for source, _, *rest in places]))
+    with pytest.raises(RecordError, match="does not hash to its leaf"):
+        Tracer(run, cache).find(query)
+    [leaves] = cache.glob("*.leaves.safetensors")
+    content = bytearray(leaves.read_bytes())
+    content[-1 - 24 * len(tracer.tables.shown)] ^= 1
+    leaves.write_bytes(content)
+    with pytest.raises(RecordError, match="sources give"):
+        Tracer(run, cache)
 
 
 def test_likelihood_at_every_kept_state(tracer: Tracer, runtime: Runtime) -> None:
     query = tracer.packed.ids[1:40].tolist()
     best = tracer.find(query)[0]
-    found = tracer.likelihoods(best, query, runtime)
-    assert [name for name, _ in found] == sorted(path.name for path in tracer.run.checkpoints.iterdir())
-    assert all(value < 0 for _, value in found)
+    [found] = tracer.likelihoods([best], query, runtime)
+    assert [state.checkpoint for state in found] == sorted(path.name for path in tracer.run.checkpoints.iterdir())
+    assert all(state.logprob < 0 for state in found)
+    for state in found:
+        stage, step = int(state.checkpoint[:2]), int(state.checkpoint[-8:])
+        assert state.shown == len([seen for seen in best.steps if seen <= (stage, step)])
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def web(smoke_run: Path, runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    tracing = RunTracing(RunDir(smoke_run), tmp_path_factory.mktemp("traced"), runtime)
+    with LiveServer(smoke_run, port=0, tracing=tracing) as server, httpx.Client(base_url=server.url) as client:
+        assert client.post("/v1/trace", json={"text": "x"}).status_code == 503
+        server.release(load(smoke_run / "model", runtime))
+        yield client
+
+
+def test_the_endpoint_finds_what_the_command_finds(web: httpx.Client, tracer: Tracer) -> None:
+    number = longest(tracer)
+    begin, end = tracer.packed.starts[number : number + 2]
+    text = tracer.text(tracer.packed.ids[begin + 1 : end - 1].tolist())
+    asked = f"Grüße, 😀: {text} and more"
+    reply = web.post("/v1/trace", json={"text": asked, "states": True}, timeout=60).json()
+    wanted = tracer.find(tracer.tokenizer.encode(asked))
+    assert [(o["document"], o["start"], o["stop"]) for o in reply["overlaps"]] == [
+        (o.document, o.start, o.stop) for o in wanted
+    ]
+    assert (reply["object"], reply["data_root"], reply["left_out"]) == ("trace", tracer.facts["root"], 0)
+    assert "does not show" in reply["label"]
+    for overlap in reply["overlaps"]:
+        assert asked[overlap["begin"] : overlap["end"]] == overlap["text"]
+        assert proves(bytes.fromhex(overlap["leaf"]), overlap["proof"], reply["data_root"])
+        assert [state["checkpoint"] for state in overlap["states"]] == sorted(
+            path.name for path in tracer.run.checkpoints.iterdir()
+        )
+    by_ids = web.post("/v1/trace", json={"ids": tracer.tokenizer.encode(asked)}).json()
+    assert [o["document"] for o in by_ids["overlaps"]] == [o["document"] for o in reply["overlaps"]]
+    assert "begin" not in by_ids["overlaps"][0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"text": "a", "ids": [1]},
+        {"text": "a", "shortest": 3},
+        {"ids": [-1]},
+        {"text": "a", "more": 1},
+        {"text": ""},
+    ],
+)
+def test_bad_questions_are_refused_by_name(web: httpx.Client, body: dict) -> None:
+    reply = web.post("/v1/trace", json=body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"]
+
+
+def test_a_server_without_a_run_says_so(smoke_run: Path, runtime: Runtime) -> None:
+    with LiveServer(smoke_run, port=0) as server, httpx.Client(base_url=server.url) as client:
+        server.release(load(smoke_run / "model", runtime))
+        reply = client.post("/v1/trace", json={"text": "x"})
+    assert reply.status_code == 400
+    assert "glasklar serve RUN" in reply.json()["error"]["message"]

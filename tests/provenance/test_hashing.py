@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from glasklar.provenance.hashing import (
+    MerkleTree,
+    SourceTrees,
     canonical_json,
-    inclusion_proof,
     leaf_hash,
     merkle_root,
     proves,
@@ -37,9 +38,23 @@ def test_order_does_not_matter_and_content_does() -> None:
 def test_proofs_prove_their_leaf_and_no_other(count: int) -> None:
     leaves = LEAVES[:count]
     for leaf in leaves:
-        proof = inclusion_proof(leaves, leaf)
+        proof = MerkleTree(leaves).proof(leaf)
         assert proves(leaf, proof, merkle_root(leaves))
         assert not proves(leaf_hash({"text": "forged"}), proof, merkle_root(leaves))
+    with pytest.raises(ValueError, match="not a leaf"):
+        MerkleTree(leaves).proof(leaf_hash({"text": "forged"}))
+
+
+def test_sources_have_trees_of_their_own_under_one_root() -> None:
+    sources = {"a": LEAVES[:5], "b": LEAVES[5:6], "c": LEAVES[6:]}
+    trees = SourceTrees(sources)
+    assert trees.root == merkle_root(bytes.fromhex(merkle_root(leaves)) for leaves in sources.values())
+    for source, leaves in sources.items():
+        for leaf in leaves:
+            assert proves(leaf, trees.proof(source, leaf), trees.root)
+            assert not proves(leaf, trees.proof(source, leaf)[:-1], trees.root)
+    assert SourceTrees({"a": LEAVES}).root == merkle_root(LEAVES)
+    assert SourceTrees({"a": LEAVES[:5], "b": LEAVES[5:7], "c": LEAVES[7:]}).root != trees.root
 
 
 def test_tensor_hash_sees_name_type_shape_and_values_but_no_layout() -> None:

@@ -181,10 +181,11 @@ def data_card(m: dict[str, Any], say: Say) -> list[Block]:
         Heading(say("Under one root", "Unter einer Wurzel")),
         Paragraph(
             say(
-                "Every document (text, source, licence, date, origin) is a leaf of a Merkle tree, sorted by content. "
-                "Made again from its sources, the data must give the same root.",
-                "Jedes Dokument (Text, Quelle, Lizenz, Datum, Herkunft) ist ein Blatt eines Merkle-Baums, geordnet "
-                "nach Inhalt. Neu aus ihren Quellen erzeugt, müssen die Daten dieselbe Wurzel ergeben.",
+                "Every document (text, source, licence, date, origin) is a leaf of its source's Merkle tree, sorted by "
+                "content; over the sources' roots stands one root. Made again, the data must give the same.",
+                "Jedes Dokument (Text, Quelle, Lizenz, Datum, Herkunft) ist ein Blatt im Merkle-Baum seiner Quelle, "
+                "geordnet nach Inhalt; über den Wurzeln der Quellen steht eine. Neu erzeugt, müssen die Daten "
+                "dieselbe ergeben.",
             )
         ),
         Items(
@@ -193,6 +194,14 @@ def data_card(m: dict[str, Any], say: Say) -> list[Block]:
                 say("Root of what was held out: ", "Wurzel des Vorenthaltenen: ") + data["held_out_root"],
                 say("Head of the ledger: ", "Kopf des Protokolls: ") + m["ledger"]["head"],
             ]
+        ),
+        Table(
+            [say("source", "Quelle"), say("documents", "Dokumente"), say("licence", "Lizenz"), say("root", "Wurzel")],
+            [
+                [name, f"{source['documents']:,}", source["licence"], source["root"][:16] + "…"]
+                for name, source in data["source_roots"].items()
+            ],
+            say("Roots of the sources", "Wurzeln der Quellen"),
         ),
     ]
 

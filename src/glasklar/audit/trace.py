@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glasklar.corpus import prepare, training_documents
-from glasklar.data.batches import PackedDocuments, Packer
+from glasklar.audit.trace_tables import Tables
+from glasklar.corpus import prepare
 from glasklar.data.tokenizer import Tokenizer
-from glasklar.data.trace import SHORTEST, Span, TraceIndex
-from glasklar.errors import RecordError, RequestError
+from glasklar.data.trace import SHORTEST, Span
+from glasklar.errors import CapacityError, RequestError
 from glasklar.loading import Model
-from glasklar.provenance.hashing import inclusion_proof
 from glasklar.provenance.rundir import RunDir
-from glasklar.recipe import PretrainStage, Recipe
+from glasklar.recipe import Recipe
 from glasklar.runtime import Runtime
 from glasklar.training import state_at
 
+AROUND = 60  # tokens of a document shown on either side of a span
+MOST_SHOWN = 200  # overlaps in a reply of the server
 LABEL = "verbatim overlap with training documents; it does not show that the answer came from them"
 
 
@@ -30,14 +34,17 @@ class Overlap:
     """One stretch of the query in one document.
 
     start, stop   tokens of the query; text: what they say
+    before, after what stands around it in the document, up to AROUND tokens
     place         token of the document at which it begins
     leaf, proof   the document's hash and its way to the Merkle root of the data (`hashing.proves`)
-    steps         pretraining steps that showed the document: [stage, from 0; step, from 1], in order
+    steps         pretraining steps that showed the span: [stage, from 0; step, from 1], in order
     """
 
     start: int
     stop: int
     text: str
+    before: str
+    after: str
     document: int
     place: int
     source: str
@@ -56,8 +63,19 @@ class Overlap:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateLikelihood:
+    """A kept checkpoint: mean log-probability (nats) of a span's tokens, and how many of the steps that showed the
+    span's document it has behind it. The span stands alone after the beginning token, so that all are asked the same.
+    """
+
+    checkpoint: str
+    logprob: float
+    shown: int
+
+
 class Tracer:
-    """The documents of a run and their index, made once; the index is kept under `cache`.
+    """The documents of a run and their tables, made once and kept under `cache`.
 
     Raises DataError where a source of the recipe is gone, RecordError where it is not what it was.
     """
@@ -67,75 +85,60 @@ class Tracer:
         self.recipe = Recipe.read(run.recipe(), run.identity_file.name)
         corpus = prepare(self.recipe, run.data)
         self.tokenizer, self.packed, self.facts = corpus.tokenizer, corpus.train, corpus.facts
-        self.index = cached_index(corpus.train, cache / f"{corpus.facts['train_file']}.safetensors")
-        self.documents = training_documents(self.recipe, run.data)
-        self.leaves = [document.hash for document in self.documents]
-        if len(self.documents) != len(self.packed):
-            raise RecordError(f"{run.path}: the sources hold {len(self.documents)} documents, not {len(self.packed)}")
+        self.tables = Tables.open(self.recipe, corpus, run.data, cache)
 
     def find(self, query: Sequence[int], *, shortest: int = SHORTEST, most: int = 8) -> list[Overlap]:
         """Overlaps of at least so many tokens, longest first; `most` documents for one stretch."""
-        spans = self.index.find(query, shortest=shortest, most=most)
-        steps = self.steps({span.document for span in spans})
-        return [self._overlap(span, query, steps[span.document]) for span in spans]
+        return [self._overlap(span, query) for span in self.tables.index.find(query, shortest=shortest, most=most)]
 
     def find_text(self, text: str, **how: Any) -> list[Overlap]:
         """As `find`, for a text. Its first and last word may be tokenised otherwise than within a document."""
         return self.find(self.tokenizer.encode(text), **how)
 
-    def steps(self, wanted: set[int]) -> dict[int, list[tuple[int, int]]]:
-        """Document -> pretraining steps that showed it."""
-        found: dict[int, list[tuple[int, int]]] = {document: [] for document in wanted}
-        if not wanted:
-            return found
-        for index, stage in enumerate(self.recipe.stages):
-            if isinstance(stage, PretrainStage):
-                packer = Packer(self.packed, rows=stage.rows, length=stage.length, seed=self.recipe.seed * 1000 + index)
-                for k in range(stage.steps):
-                    for document in wanted & packer.documents_in(k):
-                        found[document].append((index, k + 1))
+    def likelihoods(
+        self, spans: Sequence[Overlap], query: Sequence[int], runtime: Runtime
+    ) -> list[list[StateLikelihood]]:
+        """For each span what every kept state makes of it, in the order of the training. Of a span longer than the
+        model's context its beginning."""
+        asked = [[self.tokenizer.bos_id, *query[span.start : span.stop]] for span in spans]
+        found: list[list[StateLikelihood]] = [[] for _ in spans]
+        for folder in sorted(path for path in self.run.checkpoints.iterdir() if path.is_dir()) if spans else []:
+            model = self._model(folder, runtime)
+            stage, step = int(folder.name[:2]), int(folder.name.rpartition("-")[2])
+            for span, ids, states in zip(spans, asked, found, strict=True):
+                logprob = _mean_logprob(model, ids[: model.config.max_position_embeddings])
+                shown = sum(tuple(seen) <= (stage, step) for seen in span.steps)
+                states.append(StateLikelihood(checkpoint=folder.name, logprob=logprob, shown=shown))
         return found
-
-    def likelihoods(self, span: Overlap, query: Sequence[int], runtime: Runtime) -> list[tuple[str, float]]:
-        """(checkpoint, mean log-probability of the span's tokens) for every state that is kept, in order.
-
-        The span stands alone after the beginning token, so that all states are asked the same.
-        """
-        ids = [self.tokenizer.bos_id, *query[span.start : span.stop]]
-        folders = sorted(path for path in self.run.checkpoints.iterdir() if path.is_dir())
-        return [(folder.name, _mean_logprob(self._model(folder, runtime), ids)) for folder in folders]
 
     def _model(self, checkpoint: Path, runtime: Runtime) -> Model:
         network = state_at(self.recipe, checkpoint, runtime).requires_grad_(False)
         return Model(network=network, tokenizer=self.tokenizer, folder=checkpoint)
 
-    def _overlap(self, span: Span, query: Sequence[int], steps: list[tuple[int, int]]) -> Overlap:
-        document = self.documents[span.document]
-        leaf = self.leaves[span.document]
+    def _overlap(self, span: Span, query: Sequence[int]) -> Overlap:
+        document = self.tables.document(span.document, self.tokenizer)
+        begin, end = self.packed.starts[span.document : span.document + 2].tolist()
+        first, last = begin + span.place, begin + span.place + span.stop - span.start
         return Overlap(
             start=span.start,
             stop=span.stop,
-            text=self.tokenizer.decode(query[span.start : span.stop], skip_special=False),
+            text=self.text(query[span.start : span.stop]),
+            before=self.text(self.packed.ids[max(begin + 1, first - AROUND) : first].tolist()),
+            after=self.text(self.packed.ids[last : min(end - 1, last + AROUND)].tolist()),
             document=span.document,
             place=span.place,
             source=document.source,
             licence=document.licence,
             date=document.date,
             origin=document.origin,
-            leaf=leaf.hex(),
-            proof=inclusion_proof(self.leaves, leaf),
-            steps=steps,
+            leaf=self.tables.leaves[span.document].hex(),
+            proof=self.tables.proof(span.document),
+            steps=self.tables.steps(self.recipe, span),
         )
 
-
-def cached_index(documents: PackedDocuments, path: Path) -> TraceIndex:
-    """The index in a file, made if it is not there."""
-    if path.is_file():
-        return TraceIndex.open(path, documents)
-    index = TraceIndex.build(documents)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    index.save(path)
-    return index
+    def text(self, ids: Sequence[int]) -> str:
+        """What tokens say, special ones included."""
+        return self.tokenizer.decode(ids, skip_special=False)
 
 
 def parse_query(tokenizer: Tokenizer, text: str | None, ids: str | None) -> list[int]:
@@ -152,6 +155,53 @@ def parse_query(tokenizer: Tokenizer, text: str | None, ids: str | None) -> list
 
 def as_json(overlaps: Sequence[Overlap], root: object) -> dict[str, Any]:
     return {"label": LABEL, "data_root": root, "overlaps": [asdict(overlap) for overlap in overlaps]}
+
+
+class RunTracing:
+    """Traces for a server (`serve.trace.Tracing`): opens the run's tables when somebody asks for the first time.
+
+    Tables that are not there yet are made in a process of their own, so that answers keep flowing.
+    """
+
+    def __init__(self, run: RunDir, cache: Path, runtime: Runtime) -> None:
+        self._run, self._cache, self._runtime = run, cache, runtime
+        self._lock = threading.Lock()
+        self._tracer: Tracer | None = None
+
+    def trace(
+        self, text: str | None, ids: Sequence[int] | None, *, shortest: int, most: int, states: bool
+    ) -> dict[str, Any]:
+        """See `serve.trace`. Raises CapacityError while another caller waits for the tables."""
+        tracer = self._tracer or self._open()
+        query = tracer.tokenizer.encode(text) if text is not None else list(ids or ())
+        found = tracer.find(query, shortest=shortest, most=most)
+        left, found = len(found[MOST_SHOWN:]), found[:MOST_SHOWN]
+        overlaps = [asdict(overlap) for overlap in found]
+        if text is not None:
+            for shown, overlap in zip(overlaps, found, strict=True):
+                shown["begin"] = len(tracer.text(query[: overlap.start]))
+                shown["end"] = len(tracer.text(query[: overlap.stop]))
+        if states:
+            for shown, measured in zip(overlaps, tracer.likelihoods(found, query, self._runtime), strict=True):
+                shown["states"] = [asdict(state) for state in measured]
+        head = {"object": "trace", "label": LABEL, "data_root": tracer.facts["root"]}
+        return {**head, "overlaps": overlaps, "left_out": left}
+
+    def _open(self) -> Tracer:
+        if not self._lock.acquire(blocking=False):
+            raise CapacityError("the index of the training documents is being made; ask again in a moment")
+        try:
+            if self._tracer is None:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    pool.submit(_make_tables, self._run.path, self._cache).result()
+                self._tracer = Tracer(self._run, self._cache)
+            return self._tracer
+        finally:
+            self._lock.release()
+
+
+def _make_tables(run: Path, cache: Path) -> None:
+    Tracer(RunDir(run), cache)
 
 
 def _mean_logprob(model: Model, ids: list[int]) -> float:

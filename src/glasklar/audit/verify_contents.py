@@ -29,7 +29,7 @@ from glasklar.training import state_at
 # What the checks read of an event's data.
 FIELDS: dict[str, set[str]] = {
     "run": {"recipe", "seed", "code", "machine"},
-    "data": {"root", "tokens", "train_file"},
+    "data": {"root", "source_roots", "tokens", "train_file"},
     "tokenizer": {"hash"},
     "checkpoint": {"name", "state_hash", "metrics"},
     "released": {"files"},

@@ -102,11 +102,9 @@ class Packer:
         """Batch number `k`, from 0."""
         return self._fill([self._row(k * self.rows + row) for row in range(self.rows)])
 
-    def documents_in(self, k: int) -> set[int]:
-        """Numbers of the documents that batch number `k` shows, wholly or in part."""
-        pieces = [piece for row in range(self.rows) for piece in self._row(k * self.rows + row)]
-        begins = self.pieces[pieces, 0]
-        return set((np.searchsorted(self.documents.starts, begins, "right") - 1).tolist())
+    def shown(self, k: int) -> np.ndarray:
+        """Where the pieces that batch number `k` shows begin in the flat ids."""
+        return self.pieces[[piece for row in range(self.rows) for piece in self._row(k * self.rows + row)], 0]
 
     def _row(self, number: int) -> list[int]:
         """Pieces in row `number`, counted over all epochs."""

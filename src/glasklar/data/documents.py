@@ -19,7 +19,7 @@ from pydantic import Field
 
 from glasklar.config import Section
 from glasklar.errors import DataError
-from glasklar.provenance.hashing import leaf_hash
+from glasklar.provenance.hashing import SourceTrees, leaf_hash
 
 # Part of the standard library's folder, but not of what one reads it for.
 NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
@@ -45,6 +45,14 @@ class Document:
     @property
     def hash(self) -> bytes:
         return leaf_hash(asdict(self))
+
+
+def document_trees(documents: Iterable[Document]) -> SourceTrees:
+    """One root over documents, whatever their order; each source has a tree of its own."""
+    leaves: dict[str, list[bytes]] = {}
+    for document in documents:
+        leaves.setdefault(document.source, []).append(document.hash)
+    return SourceTrees(leaves)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +36,54 @@ def leaf_hash(document: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(LEAF + canonical_json(document)).digest()
 
 
-def merkle_root(leaves: Iterable[bytes]) -> str:
-    """Root over leaf hashes, sorted first: the order in which documents came does not matter. A node without a partner
+class MerkleTree:
+    """Tree over leaf hashes, sorted first: the order in which documents came does not matter. A node without a partner
     goes up unchanged. The root of nothing is the SHA-256 of nothing."""
-    level = sorted(leaves)
-    if not level:
-        return sha256_hex(b"")
-    while len(level) > 1:
-        level = _level_above(level)
-    return level[0].hex()
+
+    def __init__(self, leaves: Iterable[bytes]) -> None:
+        self._levels = [sorted(leaves)]
+        while len(self._levels[-1]) > 1:
+            self._levels.append(_level_above(self._levels[-1]))
+
+    @property
+    def root(self) -> str:
+        [*_, top] = self._levels
+        return top[0].hex() if top else sha256_hex(b"")
+
+    def proof(self, leaf: bytes) -> list[tuple[str, str]]:
+        """Siblings on the way from `leaf` to the root, each as ("left"|"right", hex hash). ValueError if it is none."""
+        index = bisect_left(self._levels[0], leaf)
+        if self._levels[0][index : index + 1] != [leaf]:
+            raise ValueError(f"{leaf.hex()} is not a leaf of this tree")
+        proof = []
+        for level in self._levels[:-1]:
+            sibling = index ^ 1
+            if sibling < len(level):
+                proof.append(("left" if sibling < index else "right", level[sibling].hex()))
+            index //= 2
+        return proof
 
 
-def inclusion_proof(leaves: Sequence[bytes], leaf: bytes) -> list[tuple[str, str]]:
-    """Siblings on the way from `leaf` to the root, each as ("left"|"right", hex hash). ValueError if it is not one."""
-    level = sorted(leaves)
-    index = level.index(leaf)
-    proof = []
-    while len(level) > 1:
-        sibling = index ^ 1
-        if sibling < len(level):
-            proof.append(("left" if sibling < index else "right", level[sibling].hex()))
-        level, index = _level_above(level), index // 2
-    return proof
+class SourceTrees:
+    """Documents under one root: a tree for each source, and one over the sources' roots. So that a source can be
+    checked, left out or counted by itself; a shard of it is an inner node."""
+
+    def __init__(self, leaves: Mapping[str, Iterable[bytes]]) -> None:
+        self.trees = {source: MerkleTree(leaves[source]) for source in sorted(leaves)}
+        self._top = MerkleTree(bytes.fromhex(tree.root) for tree in self.trees.values())
+
+    @property
+    def root(self) -> str:
+        return self._top.root
+
+    def proof(self, source: str, leaf: bytes) -> list[tuple[str, str]]:
+        """From a document of a source to the root of all; see `MerkleTree.proof`."""
+        tree = self.trees[source]
+        return tree.proof(leaf) + self._top.proof(bytes.fromhex(tree.root))
+
+
+def merkle_root(leaves: Iterable[bytes]) -> str:
+    return MerkleTree(leaves).root
 
 
 def proves(leaf: bytes, proof: Iterable[tuple[str, str]], root: str) -> bool:

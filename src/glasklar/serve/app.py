@@ -25,9 +25,11 @@ from glasklar.serve.backend import Backend
 from glasklar.serve.chat import collect, stream
 from glasklar.serve.guard import LOOPBACK, Guard, error_body
 from glasklar.serve.news import RunNews
+from glasklar.serve.routes_audit import add_audit_routes
 from glasklar.serve.routes_page import add_page_routes
 from glasklar.serve.schema import ChatRequest
 from glasklar.serve.service import ModelService
+from glasklar.serve.trace import Tracing
 
 HEARTBEAT = 15.0  # seconds of silence after which a stream says that it is alive
 
@@ -41,6 +43,7 @@ def create_app(backend: Backend, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
     _errors(app)
     add_page_routes(app, backend)
     _api(app, backend)
+    add_audit_routes(app, backend)
     return app
 
 
@@ -197,14 +200,22 @@ def server_of(backend: Backend) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8421, run: Path | None = None) -> None:
-    """Serves a model until Ctrl-C. `run`: the folder whose training the page shows, if the model came from one."""
+def serve(
+    model: Model,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8421,
+    run: Path | None = None,
+    tracing: Tracing | None = None,
+) -> None:
+    """Serves a model until Ctrl-C. If it came from a run: `run`, the folder whose training the page shows, and
+    `tracing`, which finds what its training documents hold."""
     with listen(host, port) as listening:
         service = ModelService(model)
         news = None if run is None else RunNews(run)
         print(f"{service.name} at {url_of(listening)} · API: {url_of(listening)}/v1 · Ctrl-C stops", flush=True)
         try:
-            server_of(Backend(service=service, news=news)).run(sockets=[listening])
+            server_of(Backend(service=service, news=news, tracing=tracing)).run(sockets=[listening])
         except KeyboardInterrupt:
             print("stopped")
         finally:

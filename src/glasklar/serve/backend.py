@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from glasklar.errors import CapacityError
 from glasklar.serve.news import RunNews
 from glasklar.serve.service import ModelService
+from glasklar.serve.trace import Tracing
 
 
 @dataclass(eq=False)
@@ -15,6 +16,7 @@ class Backend:
 
     service: ModelService | None = None
     news: RunNews | None = None
+    tracing: Tracing | None = None
     failure: str | None = None
 
     @property

@@ -10,18 +10,22 @@ from glasklar.serve.app import listen, server_of, url_of
 from glasklar.serve.backend import Backend
 from glasklar.serve.news import RunNews
 from glasklar.serve.service import ModelService
+from glasklar.serve.trace import Tracing
 
 
 class LiveServer:
     """Serves from a thread of its own, on the loopback address. A context manager: leaving it stops the server.
 
-    folder   the run that the page shows
-    port     0 takes a free one; see `url`
+    folder    the run that the page shows
+    port      0 takes a free one; see `url`
+    tracing   finds what the run's training documents hold, once the model is released
     """
 
-    def __init__(self, folder: Path, *, port: int = 8421, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, folder: Path, *, port: int = 8421, host: str = "127.0.0.1", tracing: Tracing | None = None
+    ) -> None:
         self._socket = listen(host, port)
-        self._backend = Backend(news=RunNews(folder))
+        self._backend = Backend(news=RunNews(folder), tracing=tracing)
         self._server = server_of(self._backend)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True
