@@ -1,5 +1,5 @@
-"""What an answer may look like, from plain data to a guide of the engine: a grammar for the content (JSON, calls of tools;
-compiled by llguidance) and a budget for the thinking before it."""
+"""What an answer may look like, from plain data to a guide of the engine: a grammar for the content (JSON, calls of
+tools; compiled by llguidance) and a budget for the thinking before it."""
 
 from __future__ import annotations
 
@@ -65,6 +65,8 @@ class GuideMaker:
             table = self._table = self._table or self._read_tokenizer()
         if found is None:
             found = LLMatcher(table, grammar, log_level=0, limits=LIMITS)
+            if not found.is_error():
+                found.compute_bitmask()  # tells whether there is any answer at all, and what a step may cost
             if found.is_error():
                 raise RequestError(f"the grammar cannot be used: {_reason(found)}")
         with self._lock:
