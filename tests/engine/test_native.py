@@ -42,9 +42,9 @@ BUILDS = [name for name in library.VARIANTS if library.load(name) is not None]
 pytestmark = pytest.mark.skipif(not BUILDS, reason="the C++ pass is not compiled (no compiler at installation)")
 
 
-def network(shape: str) -> Transformer:
+def network(shape: str, **more: int) -> Transformer:
     torch.manual_seed(3)
-    model = Transformer(ModelConfig(**SHAPES[shape])).requires_grad_(False)
+    model = Transformer(ModelConfig(**{**SHAPES[shape], **more})).requires_grad_(False)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         torch.nn.init.uniform_(tensor, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(tensor, std=0.1)
     return model
@@ -54,7 +54,7 @@ def native(model: Transformer, build: str, kind: str = "float32", threads: int =
     compiled = library.load(build)
     assert compiled is not None
     parameters = dict(model.state_dict())
-    packed = pack(model.config, parameters.__getitem__, Packer(compiled, KINDS[kind], threads))
+    packed = pack(model.config, parameters.__getitem__, Packer(compiled, KINDS[kind], threads), draft=True)
     return NativeNetwork(compiled, packed, threads=threads, max_tokens=512, float_cache=kind == "float32")
 
 
@@ -104,6 +104,39 @@ def test_same_bits_alone_in_company_in_any_chunks_threads_and_builds(shape: str,
             for chunk in (1, 7) if build == BUILDS[0] else (64,):
                 [alone] = logits_of(net, [prompt], chunk)
                 assert np.array_equal(alone, wanted), (build, chunk, len(prompt))
+
+
+@pytest.mark.parametrize("shape", ["mla", "gqa, experts"])
+def test_draft_module_is_that_of_the_network_in_any_pieces(shape: str) -> None:
+    """States of the main pass, and the module's logits over a cache of its own; beside other sequences."""
+    model = network(shape, num_nextn_predict_layers=1)
+    net, prompt = native(model, BUILDS[0]), np.array(prompts(model)[2], np.int32)
+    ids_BT = torch.tensor(prompt[None])
+    at = model.at(torch.arange(len(prompt))[None], document_mask(torch.zeros_like(ids_BT), torch.float32))
+    states_BTD = model(ids_BT, at).hidden_BTD
+    shifted_BT = torch.cat((ids_BT[:, 1:], ids_BT[:, :1]), dim=1)
+    further_BTD, _ = model.mtp[0](states_BTD, model.embed_tokens(shifted_BT), at)
+    wanted = model.logits(further_BTD)[0].numpy()
+    pages, count = -(-len(prompt) // 16), len(prompt)
+    tables, outputs = np.arange(2 * pages, dtype=np.int32).reshape(2, -1), np.arange(count, dtype=np.int32)
+    zeros, rows = np.zeros(count), np.ones(count, np.int32)
+    hidden = np.empty((count, model.config.hidden_size), np.float32)
+    arguments = (outputs, rows, tables, outputs, zeros.astype(np.float32), zeros)
+    net.run(net.new_cache(2 * pages), prompt, *arguments, hidden=hidden)
+    assert np.abs(hidden - states_BTD[0].numpy()).max() < 1e-4
+    shifted, cache, further, found = shifted_BT[0].numpy().astype(np.int32), net.new_cache(2 * pages)[:1], [], []
+    for first, last in ((0, 1), (1, 140), (140, count)):
+        part = slice(first, last)
+        after = np.empty((last - first, model.config.hidden_size), np.float32)
+        logits, chosen, _ = net.run(
+            cache, shifted[part], outputs[part], rows[part], tables, outputs[: last - first],
+            zeros[part].astype(np.float32), zeros[part], states=hidden[part].copy(), hidden=after,
+        )  # fmt: skip
+        assert np.array_equal(chosen, logits.argmax(-1))
+        found.append(logits.copy())
+        further.append(after)
+    assert np.abs(np.concatenate(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert np.abs(np.concatenate(further) - further_BTD[0].numpy()).max() < 1e-4
 
 
 def as_multiplied(x: torch.Tensor, kind: str) -> torch.Tensor:

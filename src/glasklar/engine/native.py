@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glasklar.engine.cpu.library import Embedding, Layer, Pass, Shape
-from glasklar.engine.packed import PackedModel
+from glasklar.engine.cpu.library import Draft, Embedding, Layer, Pass, Shape
+from glasklar.engine.packed import PackedLayer, PackedModel
 from glasklar.model.attention import inverse_frequencies
 
 LATENT_EPS = 1e-6  # the norms within MLA have one of their own
@@ -45,17 +45,16 @@ class NativeNetwork:
             float_cache=float_cache, max_tokens=max_tokens, scaling=c.routed_scaling_factor, eps=c.rms_norm_eps,
             latent_eps=LATENT_EPS, softmax_scale=c.softmax_scale,
         )  # fmt: skip
-        layers = (Layer * c.num_hidden_layers)()
-        for to, layer in zip(layers, model.layers, strict=True):
-            to.hidden, to.expert_hidden = layer.hidden, layer.expert_hidden
-            for name, vector in layer.vectors.items():
-                setattr(to, name, vector.data_ptr())
-            for name, matrix in layer.matrices.items():
-                setattr(to, name, matrix.struct())
+        blocks = [*model.layers, *([model.draft.block] if model.draft is not None else [])]
+        layers = (Layer * len(blocks))(*map(_layer, blocks))
+        draft = None
+        if model.draft is not None:
+            norms = {name: vector.data_ptr() for name, vector in model.draft.vectors.items()}
+            draft = ctypes.byref(Draft(join=model.draft.join.struct(), **norms))
         embedding = Embedding(rows=model.embedding.data_ptr(), narrow=model.embedding.dtype == torch.bfloat16)
         self._handle = library.glasklar_network(
             ctypes.byref(shape), layers, ctypes.byref(embedding), model.final_norm.data_ptr(),
-            ctypes.byref(model.head.struct()), threads,
+            ctypes.byref(model.head.struct()), draft, threads,
         )  # fmt: skip
         self.vocabulary = c.vocab_size
         self.padded_vocabulary = -(-c.vocab_size // 16) * 16
@@ -89,12 +88,17 @@ class NativeNetwork:
         outputs: NDArray[np.int32],
         temperatures: NDArray[np.float32],
         uniforms: NDArray[np.float64],
+        states: NDArray[np.float32] | None = None,
+        hidden: NDArray[np.float32] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
         """A pass over tokens (ids, positions, sequences: [T]), whose latents or keys are written to the cache; token
         t's sequence has the pages tables[sequences[t]].
 
         outputs        places of the tokens whose logits are wanted [O]
         temperatures   and uniform numbers [O]: how the next tokens are drawn
+        states         normalised hidden states [T, D] of the tokens before: the pass is one of the draft module, over a
+                       cache [1, pages, page, cache width] of its own; token and state at p predict the token at p + 2
+        hidden         takes the normalised hidden states of all tokens [T, D]
         Returns logits [O, W], the tokens drawn [O] and their log-probabilities [O].
         """
         count = len(outputs)
@@ -108,7 +112,17 @@ class NativeNetwork:
             layer_stride=cache.stride(0) * cache.element_size(), cosine=self._cosine.ctypes.data,
             sine=self._sine.ctypes.data, output_tokens=outputs.ctypes.data, logits=logits.ctypes.data,
             temperatures=temperatures.ctypes.data, uniforms=uniforms.ctypes.data, chosen=chosen.ctypes.data,
-            logprobs=logprobs.ctypes.data,
+            logprobs=logprobs.ctypes.data, states=None if states is None else states.ctypes.data,
+            hidden=None if hidden is None else hidden.ctypes.data,
         )  # fmt: skip
         self.library.glasklar_pass(self._handle, ctypes.byref(arguments))
         return logits[:, : self.vocabulary], chosen, logprobs
+
+
+def _layer(packed: PackedLayer) -> Layer:
+    layer = Layer(hidden=packed.hidden, expert_hidden=packed.expert_hidden)
+    for name, vector in packed.vectors.items():
+        setattr(layer, name, vector.data_ptr())
+    for name, matrix in packed.matrices.items():
+        setattr(layer, name, matrix.struct())
+    return layer

@@ -57,6 +57,24 @@ class PackedLayer:
     hidden: int = 0
     expert_hidden: int = 0
 
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name."""
+        for name, matrix in self.matrices.items():
+            yield prefix + name, matrix.data
+            if matrix.bias is not None:
+                yield f"{prefix}{name}.bias", matrix.bias
+        for name, vector in self.vectors.items():
+            yield prefix + name, vector
+
+
+@dataclass
+class PackedDraft:
+    """The module of multi-token prediction: its block, the matrix that joins token and state, and its norms."""
+
+    block: PackedLayer
+    join: PackedMatrix
+    vectors: dict[str, Tensor]
+
 
 class Packer:
     """Packs with a given library. `kind` for the projections; the up-projections of MLA and the head keep 8 bits at
@@ -109,10 +127,10 @@ class Packer:
             bias = bias.detach().float().contiguous()
         return PackedMatrix(kind, padded * parts, inputs, copies, data, bias)
 
-    def layer(self, config: ModelConfig, index: int, get: Source) -> PackedLayer:
-        """One block of the network."""
+    def layer(self, config: ModelConfig, index: int, get: Source, prefix: str | None = None) -> PackedLayer:
+        """One block of the network; `prefix` of its names, if it is not one of the layers."""
         packed = PackedLayer()
-        prefix = f"layers.{index}."
+        prefix = prefix or f"layers.{index}."
         self._attention(packed, config, lambda name: get(f"{prefix}self_attn.{name}"))
         packed.vectors["attention_norm"] = _vector(get(prefix + "input_layernorm.weight"))
         packed.vectors["feed_norm"] = _vector(get(prefix + "post_attention_layernorm.weight"))
@@ -121,6 +139,15 @@ class Packer:
         else:
             self._feed_forward(packed, get(prefix + "mlp.gate_up_proj.weight"), get(prefix + "mlp.down_proj.weight"))
         return packed
+
+    def draft(self, config: ModelConfig, get: Source) -> PackedDraft:
+        """The first module of multi-token prediction."""
+        vectors = {"embedding_norm": "enorm", "state_norm": "hnorm", "final_norm": "norm"}
+        return PackedDraft(
+            self.layer(config, config.num_hidden_layers, get, prefix="mtp.0.block."),
+            self.matrix(get("mtp.0.eh_proj.weight")),
+            {name: _vector(get(f"mtp.0.{theirs}.weight")) for name, theirs in vectors.items()},
+        )
 
     def _attention(self, packed: PackedLayer, config: ModelConfig, get: Source) -> None:
         m, v = packed.matrices, packed.vectors
@@ -176,13 +203,15 @@ def _vector(weight: Tensor) -> Tensor:
 
 @dataclass
 class PackedModel:
-    """All weights of a network, packed. `embedding` [W, D] stays as it is: only single rows of it are read."""
+    """All weights of a network, packed. `embedding` [W, D] stays as it is: only single rows of it are read. `draft`: the
+    module that guesses ahead, where the model has one and it is wanted."""
 
     config: ModelConfig
     embedding: Tensor
     final_norm: Tensor
     head: PackedMatrix
     layers: list[PackedLayer]
+    draft: PackedDraft | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name."""
@@ -190,12 +219,11 @@ class PackedModel:
         yield "final_norm", self.final_norm
         yield "head", self.head.data
         for i, layer in enumerate(self.layers):
-            for name, matrix in layer.matrices.items():
-                yield f"layers.{i}.{name}", matrix.data
-                if matrix.bias is not None:
-                    yield f"layers.{i}.{name}.bias", matrix.bias
-            for name, vector in layer.vectors.items():
-                yield f"layers.{i}.{name}", vector
+            yield from layer.tensors(f"layers.{i}.")
+        if self.draft is not None:
+            yield from self.draft.block.tensors("draft.block.")
+            yield "draft.join", self.draft.join.data
+            yield from ((f"draft.{name}", vector) for name, vector in self.draft.vectors.items())
 
     @property
     def nbytes(self) -> int:
@@ -203,9 +231,14 @@ class PackedModel:
 
 
 def pack(
-    config: ModelConfig, get: Source, packer: Packer, progress: Callable[[int, int], None] | None = None
+    config: ModelConfig,
+    get: Source,
+    packer: Packer,
+    progress: Callable[[int, int], None] | None = None,
+    draft: bool = False,
 ) -> PackedModel:
-    """Packs a whole network. `progress(layers done, of)`."""
+    """Packs a whole network. `progress(layers done, of)`; `draft`: with its module of multi-token prediction, if it has
+    one."""
     embedding = get("embed_tokens.weight").detach()
     if embedding.dtype not in (torch.float32, torch.bfloat16):
         raise CheckpointError(f"embed_tokens.weight is {embedding.dtype}; the engine takes float32 or bfloat16")
@@ -216,5 +249,6 @@ def pack(
             progress(i + 1, config.num_hidden_layers)
     head = embedding if config.tie_word_embeddings else get("lm_head.weight")
     return PackedModel(
-        config, embedding.contiguous(), _vector(get("norm.weight")), packer.matrix(head, packer.fine), layers
-    )
+        config, embedding.contiguous(), _vector(get("norm.weight")), packer.matrix(head, packer.fine), layers,
+        packer.draft(config, get) if draft and config.num_nextn_predict_layers else None,
+    )  # fmt: skip

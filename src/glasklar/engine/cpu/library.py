@@ -64,19 +64,25 @@ class Layer(Struct):
     ]
 
 
+class Draft(Struct):
+    """network.hpp"""
+
+    _fields_ = [("embedding_norm", p), ("state_norm", p), ("final_norm", p), ("join", Matrix)]
+
+
 class Pass(Struct):
     """network.hpp"""
 
     _fields_ = [
         ("tokens", i32), ("outputs", i32), ("ids", p), ("positions", p), ("sequences", p), ("tables", p), ("cache", p),
         ("layer_stride", i64), ("cosine", p), ("sine", p), ("output_tokens", p), ("logits", p), ("temperatures", p),
-        ("uniforms", p), ("chosen", p), ("logprobs", p),
+        ("uniforms", p), ("chosen", p), ("logprobs", p), ("states", p), ("hidden", p),
     ]  # fmt: skip
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glasklar_level": (i32, []),
-    "glasklar_network": (p, [p, p, p, p, p, i32]),
+    "glasklar_network": (p, [p, p, p, p, p, p, i32]),
     "glasklar_free": (None, [p]),
     "glasklar_pass": (None, [p, p]),
     "glasklar_tile_bytes": (i64, [i32, i32]),

@@ -5,15 +5,15 @@
 
 namespace glasklar {
 
-Network::Network(const Shape& shape, const Layer* layers, const Embedding& embedding, const float* final_norm, const Matrix& head, int threads)
-    : shape_(shape), layers_(layers, layers + shape.layers), embedding_(embedding), head_(head), final_norm_(final_norm), pool_(threads) {
+Network::Network(const Shape& shape, const Layer* layers, const Embedding& embedding, const float* final_norm, const Matrix& head, const Draft* draft,
+                 int threads)
+    : shape_(shape), layers_(layers, layers + shape.layers + (draft ? 1 : 0)), embedding_(embedding), head_(head), final_norm_(final_norm), pool_(threads) {
     const int64_t T = shape.max_tokens, H = shape.heads;
     padded_ = round_up(shape.width, GROUP);
     int hidden = 0, expert_hidden = 0;
-    auto count = [&](const Matrix& w, double share) {
-        if (w.data) active_bytes_ += int64_t(share * w.copies * w.tiles() * tile_bytes(w.kind, w.inputs));
-    };
+    auto bytes = [](const Matrix& w, double share) { return w.data ? int64_t(share * w.copies * w.tiles() * tile_bytes(w.kind, w.inputs)) : 0; };
     for (const Layer& layer : layers_) {
+        int64_t& active = &layer - layers_.data() < shape.layers ? active_bytes_ : draft_bytes_;
         for (const Matrix* w : {&layer.q, &layer.kv}) in_.want(w->kind);
         if (layer.q_up.data) q_in_.want(layer.q_up.kind);
         if (latent()) nope_in_.want(layer.k_up.kind), mixed_in_.want(layer.v_up.kind);
@@ -22,11 +22,18 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
         if (layer.router.data) feed_in_.want(layer.router.kind), feed_in_.want(layer.experts_gate_up.kind), expert_in_.want(layer.experts_down.kind);
         hidden = std::max(hidden, layer.hidden);
         expert_hidden = std::max(expert_hidden, layer.expert_hidden);
-        for (const Matrix* w : {&layer.q, &layer.q_up, &layer.kv, &layer.k_up, &layer.v_up, &layer.out, &layer.gate_up, &layer.down, &layer.router}) count(*w, 1);
-        if (shape.experts) count(layer.experts_gate_up, double(shape.active) / shape.experts), count(layer.experts_down, double(shape.active) / shape.experts);
+        for (const Matrix* w : {&layer.q, &layer.q_up, &layer.kv, &layer.k_up, &layer.v_up, &layer.out, &layer.gate_up, &layer.down, &layer.router}) active += bytes(*w, 1);
+        for (const Matrix* w : {&layer.experts_gate_up, &layer.experts_down}) active += bytes(*w, double(shape.active) / std::max(shape.experts, 1));
     }
     head_in_.want(head.kind);
-    count(head, 1);
+    active_bytes_ += bytes(head, 1);
+    if (draft) {
+        draft_ = *draft;
+        draft_bytes_ += bytes(head, 1) + bytes(draft_.join, 1);
+        join_in_.want(draft_.join.kind);
+        join_in_.reserve(T, 2 * shape.width);
+        both_.resize(T * round_up(2 * shape.width, GROUP));
+    }
     in_.reserve(T, shape.width);
     q_in_.reserve(T, std::max(shape.q_latent, 1));
     nope_in_.reserve(latent() ? T * H : 0, std::max(shape.nope, 1));
@@ -76,9 +83,10 @@ void Network::run(const Pass& pass) {
         if (int64_t(span_.size()) < all) span_.resize(all), span_values_.resize(all * HEADS * width);
         for (int64_t i = 0; i < all; ++i) span_[i].values = &span_values_[i * HEADS * width], span_[i].width = width;
     }
-    const bool alone = double(pass.tokens) * active_bytes_ < 2e6;
-    auto body_of = [this](Worker& me) { shape_.float_cache ? body<float>(me) : body<bf16>(me); };
-    pool_.run(shape_.layers * 16 + 8, alone, body_of);
+    const bool alone = double(pass.tokens) * (pass.states ? draft_bytes_ : active_bytes_) < 2e6;
+    // Which phases there are is settled here: a straggler may look at `pass_` when the next pass has begun.
+    auto body_of = [this, drafting = pass.states != nullptr](Worker& me) { shape_.float_cache ? body<float>(me, drafting) : body<bf16>(me, drafting); };
+    pool_.run(std::max(shape_.layers, 2) * 16 + 8, alone, body_of);
 }
 
 void Network::norm(const float* x, int64_t width, const float* weight, float eps, float* out) {
@@ -120,18 +128,43 @@ void Network::dense(const Matrix& w, int task, const Rows& in, Emit emit) {
 }
 
 template <class T>
-void Network::body(Worker& me) {
-    me.parallel([this] { return pass_.tokens; }, [&](int t) {
-        const int64_t from = int64_t(pass_.ids[t]) * shape_.width;
-        for (int i = 0; i < shape_.width; ++i)
-            x_[int64_t(t) * padded_ + i] = embedding_.narrow ? value(static_cast<const bf16*>(embedding_.rows)[from + i])
-                                                             : static_cast<const float*>(embedding_.rows)[from + i];
-    });
-    for (int i = 0; i < shape_.layers; ++i) {
-        attention<T>(me, layers_[i], i);
-        feed_forward(me, layers_[i]);
+void Network::body(Worker& me, bool drafting) {
+    if (drafting) {
+        join(me);
+        attention<T>(me, layers_.back(), 0);
+        feed_forward(me, layers_.back());
+    } else {
+        me.parallel([this] { return pass_.tokens; }, [&](int t) { embed(t); });
+        for (int i = 0; i < shape_.layers; ++i) {
+            attention<T>(me, layers_[i], i);
+            feed_forward(me, layers_[i]);
+        }
     }
-    output(me);
+    output(me, drafting);
+}
+
+void Network::embed(int token) {
+    const int64_t from = int64_t(pass_.ids[token]) * shape_.width;
+    for (int i = 0; i < shape_.width; ++i)
+        x_[int64_t(token) * padded_ + i] = embedding_.narrow ? value(static_cast<const bf16*>(embedding_.rows)[from + i])
+                                                             : static_cast<const float*>(embedding_.rows)[from + i];
+}
+
+// V3 eq. 21: M [norm(Emb(t)); norm(h)].
+void Network::join(Worker& me) {
+    const int64_t D = shape_.width, row_size = round_up(2 * D, GROUP);
+    me.parallel([this] { return pass_.tokens; }, [&, D, row_size](int t) {
+        float *row = &both_[t * row_size], *x = &x_[int64_t(t) * padded_];
+        embed(t);
+        norm(x, D, draft_.embedding_norm, shape_.eps, row);
+        norm(pass_.states + t * D, D, draft_.state_norm, shape_.eps, row + D);
+        prepare(row, join_in_.rows, t);
+    });
+    me.parallel([this] { return tasks(draft_.join); }, [&, D](int i) {
+        dense(draft_.join, i, join_in_.rows, [&, D](int t, int column, Floats v) {
+            std::memcpy(&x_[int64_t(t) * padded_ + column], &v, 4 * std::min<int64_t>(TILE, D - column));
+        });
+    });
 }
 
 template <class T>
@@ -428,10 +461,14 @@ void Network::group_by_expert() {
     }
 }
 
-void Network::output(Worker& me) {
+void Network::output(Worker& me, bool drafting) {
+    const float* weight = drafting ? draft_.final_norm : final_norm_;
+    me.parallel([this] { return pass_.hidden ? pass_.tokens : 0; }, [&](int t) {
+        norm(&x_[int64_t(t) * padded_], shape_.width, weight, shape_.eps, pass_.hidden + int64_t(t) * shape_.width);
+    });
     me.parallel([this] { return pass_.outputs; }, [&](int i) {
         float* row = &normed_[int64_t(i) * padded_];
-        norm(&x_[int64_t(pass_.output_tokens[i]) * padded_], shape_.width, final_norm_, shape_.eps, row);
+        norm(&x_[int64_t(pass_.output_tokens[i]) * padded_], shape_.width, weight, shape_.eps, row);
         prepare(row, head_in_.rows, i);
     });
     me.parallel([&] { return pass_.outputs ? tasks(head_) : 0; }, [&](int i) {
@@ -464,8 +501,9 @@ EXPORT int glasklar_level() {
     return 0;
 }
 
-EXPORT Network* glasklar_network(const Shape* shape, const Layer* layers, const Embedding* embedding, const float* final_norm, const Matrix* head, int threads) {
-    return new Network(*shape, layers, *embedding, final_norm, *head, threads);
+EXPORT Network* glasklar_network(const Shape* shape, const Layer* layers, const Embedding* embedding, const float* final_norm, const Matrix* head,
+                                 const Draft* draft, int threads) {
+    return new Network(*shape, layers, *embedding, final_norm, *head, draft, threads);
 }
 EXPORT void glasklar_free(Network* network) { delete network; }
 EXPORT void glasklar_pass(Network* network, const Pass* pass) { network->run(*pass); }

@@ -36,6 +36,12 @@ struct Layer {
     int32_t window, hidden, expert_hidden, unused;  // hidden widths are padded to whole groups
 };
 
+// The module of multi-token prediction (V3 eq. 21-23), beside its block: it joins a token's embedding with the state before.
+struct Draft {
+    const float *embedding_norm, *state_norm, *final_norm;
+    Matrix join;
+};
+
 // One row a token, as in the checkpoint.
 struct Embedding {
     const void* rows;
@@ -56,6 +62,8 @@ struct Pass {
     const double* uniforms;
     int32_t* chosen;
     float* logprobs;
+    const float* states;       // [tokens, width] or null: a pass of the draft module over tokens and the states before them
+    float* hidden;             // [tokens, width] or null: where the normalised states of all tokens go
 };
 
 template <class T>
@@ -88,7 +96,9 @@ struct Prepared {
 
 class Network {
    public:
-    Network(const Shape& shape, const Layer* layers, const Embedding& embedding, const float* final_norm, const Matrix& head, int threads);
+    // With a draft module its block follows the other layers.
+    Network(const Shape& shape, const Layer* layers, const Embedding& embedding, const float* final_norm, const Matrix& head, const Draft* draft,
+            int threads);
     void run(const Pass& pass);
     int padded_vocabulary() const { return head_.tiles() * TILE; }
 
@@ -101,7 +111,9 @@ class Network {
     int mixed_width() const { return latent() ? shape_.latent : shape_.value; }
     int cache_width() const { return latent() ? key_width() : shape_.kv_heads * (key_width() + shape_.value); }
 
-    template <class T> void body(Worker& me);
+    template <class T> void body(Worker& me, bool drafting);
+    void embed(int token);
+    void join(Worker& me);
     template <class T> void attention(Worker& me, const Layer& layer, int index);
     template <class T> void store_latents(const Layer& layer, int index, int token);
     template <class T> void store_keys(const Layer& layer, int index, int token);
@@ -119,7 +131,7 @@ class Network {
         store(x, load(x) + v);
     }
     void feed_forward(Worker& me, const Layer& layer);
-    void output(Worker& me);
+    void output(Worker& me, bool drafting);
     void route(const Layer& layer, int token);
     void group_by_expert();
 
@@ -141,16 +153,17 @@ class Network {
     Embedding embedding_;
     Matrix head_;
     const float* final_norm_;
+    Draft draft_{};
     Pool pool_;
     Pass pass_{};
-    int64_t active_bytes_ = 0;
+    int64_t active_bytes_ = 0, draft_bytes_ = 0;  // that a token passes
 
     int padded_ = 0;  // width, in whole groups
-    Buffer<float> x_, normed_, q_, q_latent_, kv_, mixed_, joined_, router_;
+    Buffer<float> x_, normed_, both_, q_, q_latent_, kv_, mixed_, joined_, router_;
     Buffer<bf16> narrow_query_;
     Buffer<float> wide_query_, span_values_;
     Buffer<Mixed> span_;
-    Prepared in_, q_in_, nope_in_, mixed_in_, out_in_, feed_in_, hidden_in_, expert_in_, head_in_;
+    Prepared join_in_, in_, q_in_, nope_in_, mixed_in_, out_in_, feed_in_, hidden_in_, expert_in_, head_in_;
     Buffer<int64_t> every_, by_head_, expert_rows_, expert_tokens_, expert_slots_;
     Buffer<int32_t> chosen_, expert_start_, busy_;
     Buffer<float> weights_;
