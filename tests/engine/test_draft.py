@@ -76,3 +76,15 @@ def test_answers_are_the_same_with_and_without(temperature: float, monkeypatch: 
     assert 0 < engine.stats.accepted < engine.stats.drafted
     assert engine.stats.tokens == sum(len(done.ids) for done in plain)
     assert engine._lookups == {}
+
+
+@pytest.mark.skipif(library.best() is None, reason="the C++ pass is not compiled here")
+def test_each_answer_knows_its_own_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gain, "drafting", True)
+    engine = Engine(initialise(build(CONFIG), 3), native=True, draft_tokens=5)
+    requests = [engine.add([1, 2, 3, 1, 2, 3], SamplingParams(max_tokens=40, seed=i, temperature=0.5)) for i in (1, 2)]
+    last = {}
+    while engine.has_work:
+        last |= {event.request: event for event in engine.step()}
+    assert sum(last[r].drafted for r in requests) == engine.stats.drafted > 0
+    assert sum(last[r].accepted for r in requests) == engine.stats.accepted > 0

@@ -290,6 +290,8 @@ class Engine:
         going = np.arange(n)
         made = [self._record(going, self._choose(result.at(first), 0))]
         self.stats.drafted += int((counts - 1).sum())
+        for request, guess in zip(self.scheduler.running, guesses, strict=True):
+            request.drafted += len(guess)
         for place in range(1, int(counts.max())):
             ended = {int(going[i]) for i in made[-1].finish}
             at = first[going] + place - 1
@@ -303,6 +305,8 @@ class Engine:
             )
             if not len(going):
                 break
+            for row in going.tolist():
+                self.scheduler.running[row].accepted += 1
             at = first[going] + place
             logprobs = result.logprobs[at]
             made.append(self._record(going, Sampled(result.tokens[at], logprobs, np.isfinite(logprobs), {})))
@@ -440,6 +444,8 @@ def _events(made: _Made) -> list[TokenEvent]:
                 alternatives=made.sampled.alternatives.get(i, ()),
                 finish=made.finish.get(i),
                 cached=request.cached,
+                drafted=request.drafted,
+                accepted=request.accepted,
             )
         )
     return events

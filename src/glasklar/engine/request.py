@@ -77,6 +77,7 @@ class Request:
     priority   higher runs first; among equals the earlier one
     guide      what may come next, beside the model
     cached     prompt tokens that the cache had already
+    drafted    tokens guessed ahead for it so far, of which the model confirmed those `accepted`
     """
 
     id: int
@@ -86,6 +87,8 @@ class Request:
     priority: int = 0
     guide: Guide | None = None
     cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
     state: State = "waiting"
 
     @property
@@ -107,6 +110,7 @@ class TokenEvent:
     alternatives   (id, logprob) of the most probable tokens, best first
     finish         set with the last token
     cached         prompt tokens that the cache had already
+    drafted        tokens guessed ahead for this answer so far, of which the model confirmed those `accepted`
     error          why the request failed (finish "error"; then there is no token and `token` is -1)
     """
 
@@ -116,6 +120,8 @@ class TokenEvent:
     alternatives: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
     cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
     error: GlasklarError | None = None
 
 
