@@ -48,7 +48,7 @@ def up(
     runtime = _runtime(threads)
     loaded = load_recipe(recipe)
     folder = _home() / "runs" / loaded.name
-    with LiveServer(folder, port=port, tracing=_tracing(folder, runtime)) as server:
+    with LiveServer(folder, port=port, tracing=_tracing(folder, runtime), home=_home()) as server:
         out.print(f"[bold]glasklar[/] · {server.url}")
         if open_page and sys.stdout.isatty():
             webbrowser.open(server.url)
@@ -107,7 +107,7 @@ def serve(model: ModelName, port: Port = 8421, host: str = "127.0.0.1", threads:
     loaded = _load(model, runtime)
     folder = loaded.folder.parent
     run = folder if (folder / "metrics.jsonl").is_file() else None
-    run_server(loaded, host=host, port=port, run=run, tracing=_tracing(run, runtime))
+    run_server(loaded, host=host, port=port, run=run, tracing=_tracing(run, runtime), home=_home())
 
 
 @app.command()

@@ -23,6 +23,7 @@ from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.loading import Model
 from glasklar.serve.backend import Backend
 from glasklar.serve.chat import collect, stream
+from glasklar.serve.conversations import conversations_in
 from glasklar.serve.guard import LOOPBACK, Guard, error_body
 from glasklar.serve.news import RunNews
 from glasklar.serve.routes_audit import add_audit_routes
@@ -207,16 +208,20 @@ def serve(
     port: int = 8421,
     run: Path | None = None,
     tracing: Tracing | None = None,
+    home: Path | None = None,
 ) -> None:
     """Serves a model until Ctrl-C. If it came from a run: `run`, the folder whose training the page shows, and
-    `tracing`, which finds what its training documents hold."""
+    `tracing`, which finds what its training documents hold. `home`: where conversations are kept, None: they end with
+    the server."""
     with listen(host, port) as listening:
         service = ModelService(model)
         news = None if run is None else RunNews(run)
         print(f"{service.name} at {url_of(listening)} · API: {url_of(listening)}/v1 · Ctrl-C stops", flush=True)
+        backend = Backend(service=service, news=news, tracing=tracing, conversations=conversations_in(home))
         try:
-            server_of(Backend(service=service, news=news, tracing=tracing)).run(sockets=[listening])
+            server_of(backend).run(sockets=[listening])
         except KeyboardInterrupt:
             print("stopped")
         finally:
             service.close()
+            backend.conversations.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from glasklar.errors import CapacityError
+from glasklar.serve.conversations import Conversations
+from glasklar.serve.jobs import Jobs
 from glasklar.serve.news import RunNews
 from glasklar.serve.service import ModelService
 from glasklar.serve.trace import Tracing
@@ -17,6 +19,8 @@ class Backend:
     service: ModelService | None = None
     news: RunNews | None = None
     tracing: Tracing | None = None
+    conversations: Conversations = field(default_factory=Conversations)
+    jobs: Jobs = field(default_factory=Jobs)
     failure: str | None = None
 
     @property

@@ -1,7 +1,7 @@
 """Conversations on the server: one SQLite file for each owner, so that no query can ever mix two of them.
 
-A conversation is a tree: editing a question or asking for another answer adds a branch and takes nothing away. `leaf` is
-the message at whose end the reader last was.
+A conversation is a tree: editing a question or asking for another answer adds a branch and takes nothing away. `leaf`
+is the message at whose end the reader last was.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import secrets
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -129,11 +130,11 @@ class Store:
 
     def all(self, search: str = "") -> list[dict[str, Any]]:
         """{"id", "title", "updated"} of each, the newest first; with `search` those whose title or text holds it."""
-        where, values = "", ()
+        where, values = "", list[str]()
         if search.strip():
             where = """WHERE instr(folded(title), ?1) OR id IN (SELECT conversation FROM message
                        WHERE instr(folded(content), ?1) OR instr(folded(reasoning), ?1))"""
-            values = (search.strip().casefold(),)
+            values = [search.strip().casefold()]
         query = f"SELECT id, title, updated FROM conversation {where} ORDER BY updated DESC, id"
         with self._transaction() as db:
             rows = db.execute(query, values).fetchall()
@@ -206,7 +207,8 @@ class Store:
                     (conversation, *_written(entry)),
                 )
             db.execute(
-                "UPDATE conversation SET updated = ?, leaf = ? WHERE id = ?", (time.time(), entries[-1].id, conversation)
+                "UPDATE conversation SET updated = ?, leaf = ? WHERE id = ?",
+                (time.time(), entries[-1].id, conversation),
             )
 
     def save(self, entry: Entry) -> None:
@@ -218,10 +220,11 @@ class Store:
 
 
 class Conversations:
-    """The stores of all owners in a folder, opened as they are asked for."""
+    """The stores of all owners in a folder, opened as they are asked for. Without a folder they last until `close`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None) -> None:
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="glasklar-")
+        self.folder = folder or Path(self._temporary.name if self._temporary else "")
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
 
@@ -239,6 +242,13 @@ class Conversations:
             for store in self._stores.values():
                 store.close()
             self._stores.clear()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def conversations_in(home: Path | None) -> Conversations:
+    """Those kept under the user's home; None: nowhere."""
+    return Conversations(None if home is None else home / "conversations")
 
 
 def shortened(title: str) -> str:

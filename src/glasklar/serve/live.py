@@ -8,6 +8,7 @@ from pathlib import Path
 from glasklar.loading import Model
 from glasklar.serve.app import listen, server_of, url_of
 from glasklar.serve.backend import Backend
+from glasklar.serve.conversations import conversations_in
 from glasklar.serve.news import RunNews
 from glasklar.serve.service import ModelService
 from glasklar.serve.trace import Tracing
@@ -19,13 +20,20 @@ class LiveServer:
     folder    the run that the page shows
     port      0 takes a free one; see `url`
     tracing   finds what the run's training documents hold, once the model is released
+    home      where conversations are kept; None: they end with the server
     """
 
     def __init__(
-        self, folder: Path, *, port: int = 8421, host: str = "127.0.0.1", tracing: Tracing | None = None
+        self,
+        folder: Path,
+        *,
+        port: int = 8421,
+        host: str = "127.0.0.1",
+        tracing: Tracing | None = None,
+        home: Path | None = None,
     ) -> None:
         self._socket = listen(host, port)
-        self._backend = Backend(news=RunNews(folder), tracing=tracing)
+        self._backend = Backend(news=RunNews(folder), tracing=tracing, conversations=conversations_in(home))
         self._server = server_of(self._backend)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True
@@ -56,4 +64,5 @@ class LiveServer:
         self._thread.join(timeout=30)
         if self._backend.service is not None:
             self._backend.service.close()
+        self._backend.conversations.close()
         self._socket.close()

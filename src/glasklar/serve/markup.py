@@ -1,8 +1,8 @@
 """Markdown to HTML that is safe to show: what a model or a person wrote never becomes script, request or style.
 
-Three walls, each of which would do: raw HTML is not Markdown here, it is text; what the renderer makes passes nh3's list of
-allowed elements and attributes; and the page, whose policy forbids foreign scripts, images and requests, builds its
-elements from a list of its own (`page/dom.js`).
+Three walls, each of which would do: raw HTML is not Markdown here, it is text; what the renderer makes passes nh3's
+list of allowed elements and attributes; and the page, whose policy forbids foreign scripts, images and requests, builds
+its elements from a list of its own (`page/dom.js`).
 
 Pictures become links: a picture is a request, and its address can carry away what the conversation holds.
 """
@@ -27,8 +27,8 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
-# The renderer takes time in the square of a hostile text: it gets pieces, and what cannot be cut into pieces of this many
-# characters is shown as it is.
+# The renderer takes time in the square of a hostile text: it gets pieces, and what cannot be cut into pieces of this
+# many characters is shown as it is.
 PIECE, MOST_PIECE = 2_000, 8_000
 MOST_CODE = 10_000
 # A formula's characters and braces within braces: the converter calls itself for each of them.
@@ -154,7 +154,7 @@ def code(source: str, language: str) -> str:
 
 
 def _inline_math(state: StateInline, silent: bool) -> bool:
-    """$…$ without blanks at its ends and without a digit after it (so that prices stay prices), $$…$$, \\(…\\), \\[…\\]."""
+    """$$…$$, \\(…\\), \\[…\\]; $…$ without blanks at its ends or a digit after it, so that prices stay prices."""
     source, at = state.src, state.pos
     opening = next((sign for sign in ("$$", "$", "\\(", "\\[") if source.startswith(sign, at)), None)
     if opening is None:
@@ -238,7 +238,7 @@ class _Renderer(RendererHTML):
 def _markdown() -> MarkdownIt:
     made = MarkdownIt("commonmark", {"html": False, "breaks": True, "maxNesting": 20}, renderer_cls=_Renderer)
     made.enable(["table", "strikethrough"])
-    made.validateLink = lambda address: _ADDRESS.fullmatch(address) is not None  # type: ignore[method-assign]
+    made.validateLink = lambda address: _ADDRESS.fullmatch(address) is not None  # type: ignore[method-assign,assignment]
     made.inline.ruler.before("escape", "math", _inline_math)
     made.inline.ruler.before("emphasis", "plain_star", _plain_star)
     made.block.ruler.before("fence", "math", _block_math, {"alt": ["paragraph", "blockquote", "list"]})

@@ -1,4 +1,4 @@
-"""Routes of the page: its files, the news of a run."""
+"""Routes of the page: its files and the news of a run; those of conversations stand in `routes_chat.py`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.responses import FileResponse
 
 from glasklar.errors import RequestError
 from glasklar.serve.backend import Backend
+from glasklar.serve.routes_chat import add_chat_routes
 
 PAGE = Path(__file__).parent / "page"
 TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -20,6 +21,7 @@ def add_page_routes(app: FastAPI, backend: Backend) -> None:
     """Adds everything that the page asks for."""
     _pages(app)
     _news(app, backend)
+    add_chat_routes(app, backend)
 
 
 def _news(app: FastAPI, backend: Backend) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from typing import Any
 
 from glasklar.data.chat import Message, render
 from glasklar.engine.engine import Engine
@@ -113,6 +114,12 @@ class ModelService:
         finally:
             if not finished:
                 self._send(Cancel(mailbox))
+
+    async def inspect(self, ids: list[int], first: int) -> dict[str, Any]:
+        """See `inspect.look`."""
+        from glasklar.serve.inspect import look
+
+        return await asyncio.to_thread(look, self.model, ids, first)
 
     def close(self) -> None:
         """Stops the engine's thread; what is still running ends with an error."""
