@@ -7,19 +7,14 @@ in the last bits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from glasklar.data.chat import Splitter
 from glasklar.errors import RequestError
 from glasklar.loading import Model
 from glasklar.model.attention import document_mask
-
-if TYPE_CHECKING:  # the engine's process has no use for the server
-    from glasklar.serve.conversations import Entry
-    from glasklar.serve.service import ModelService
 
 # Attention over all tokens at once takes memory in the square of their number.
 MOST_TOKENS = 4096
@@ -75,35 +70,3 @@ def _shares(ids_TA: Tensor, scores_TE: Tensor) -> list[list[list[float]]]:
     return [
         [[expert, round(share, 4)] for expert, share in zip(*row, strict=True)] for row in zip(ids, shares, strict=True)
     ]
-
-
-async def inside_answer(service: ModelService, entry: Entry) -> dict[str, Any]:
-    """What `look` finds for an answer that is kept, with texts for ids.
-
-    Each token has its "channel" ("reasoning", "content", or "special" for one that is not text) and "said": its
-    log-probability as the engine had it. Raises RequestError for the answer of another model.
-    """
-    made_by = entry.settings.get("model")
-    if made_by != service.name:
-        raise RequestError(f"this answer came from the model {made_by!r}, not {service.name!r}; serve that one to look")
-    prompt, ids = entry.trail["prompt"], entry.trail["ids"]
-    found = await service.inspect([*prompt, *ids], len(prompt))
-    tokenizer = service.tokenizer
-    splitter = Splitter(tokenizer, {"enabled": True, "disabled": False}.get(entry.settings.get("thinking", "auto")))
-
-    def text(token: int) -> str:
-        return tokenizer.token_bytes(token).decode(errors="replace")
-
-    tokens = []
-    for token, said in zip(found["tokens"], entry.trail["logprobs"], strict=True):
-        splitter.push(token["id"])
-        tokens.append(
-            {
-                **token,
-                "text": text(token["id"]),
-                "channel": "special" if token["id"] in tokenizer.special_ids else splitter.channel,
-                "said": said,
-                "alternatives": [[text(other), value] for other, value in token["alternatives"]],
-            }
-        )
-    return {**found, "tokens": tokens}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from glasklar.data.chat import Message
+from glasklar.data.chat import Message, Splitter
 from glasklar.engine.request import SamplingParams
 from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.provenance.energy import WATTS_PER_CORE
@@ -226,6 +226,38 @@ def shown(entry: Entry) -> dict[str, Any]:
         "html": render(entry.content) if answer else "",
         "reasoning_html": render(entry.reasoning) if answer else "",
     }
+
+
+async def inside_answer(service: ModelService, entry: Entry) -> dict[str, Any]:
+    """What `inspect.look` finds for an answer that is kept, with texts for ids.
+
+    Each token has its "channel" ("reasoning", "content", or "special" for one that is not text) and "said": its
+    log-probability as the engine had it. Raises RequestError for the answer of another model.
+    """
+    made_by = entry.settings.get("model")
+    if made_by != service.name:
+        raise RequestError(f"this answer came from the model {made_by!r}, not {service.name!r}; serve that one to look")
+    prompt, ids = entry.trail["prompt"], entry.trail["ids"]
+    found = await service.inspect([*prompt, *ids], len(prompt))
+    tokenizer = service.tokenizer
+    splitter = Splitter(tokenizer, {"enabled": True, "disabled": False}.get(entry.settings.get("thinking", "auto")))
+
+    def text(token: int) -> str:
+        return tokenizer.token_bytes(token).decode(errors="replace")
+
+    tokens = []
+    for token, said in zip(found["tokens"], entry.trail["logprobs"], strict=True):
+        splitter.push(token["id"])
+        tokens.append(
+            {
+                **token,
+                "text": text(token["id"]),
+                "channel": "special" if token["id"] in tokenizer.special_ids else splitter.channel,
+                "said": said,
+                "alternatives": [[text(other), value] for other, value in token["alternatives"]],
+            }
+        )
+    return {**found, "tokens": tokens}
 
 
 def _sampling(ask: AskSettings, service: ModelService) -> SamplingParams:

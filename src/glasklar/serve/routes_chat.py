@@ -30,8 +30,7 @@ from glasklar.serve.backend import Backend
 from glasklar.serve.conversations import Entry, NotFoundError, Store
 from glasklar.serve.export import as_markdown
 from glasklar.serve.guard import error_body
-from glasklar.serve.inspect import inside_answer
-from glasklar.serve.jobs import AskSettings, Job, shown
+from glasklar.serve.jobs import AskSettings, Job, inside_answer, shown
 from glasklar.serve.schema import Strict, Text
 
 HEARTBEAT = 15.0  # seconds of silence after which a stream says that it is alive
