@@ -1,0 +1,90 @@
+"""The C++ libraries; everything else is in pyproject.toml.
+
+Each library has one source and several builds, of which the fastest that the CPU can run is loaded. All are optional: a
+machine without a compiler trains and serves with plain PyTorch. They are compiled side by side and kept under
+build/native by the hash of all that goes into them, so that installing again (with other extras, after a checkout) costs
+seconds, and a changed source is never missed.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+KEPT = ROOT / "build" / "native"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+COMMON = ["-std=c++17", "-fvisibility=hidden"]
+
+# Training. OpenMP is not linked: the kernels use the runtime that torch loads, so that there is one pool of threads.
+TRAINING = [*COMMON, "-O3", "-fopenmp"]
+TRAINING_BUILDS = {
+    "_avx512": ["-march=x86-64-v4", "-mavx512bf16"],
+    "_avx2": ["-march=x86-64-v3"],
+    "_plain": [],
+}
+# The engine's pass. No fused or reordered arithmetic but what is written: its numbers are the same in all builds.
+ENGINE = [*COMMON, "-O3", "-ffp-contract=off", "-Wno-psabi", "-pthread"]
+ENGINE_BUILDS = {
+    "_avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
+    "_avx2": ["-march=x86-64-v3"],
+    "_plain": [],
+}
+
+
+def library(package: str, source: str, name: str, flags: list[str], link: list[str]) -> Extension:
+    folder = f"src/glasklar/{package.replace('.', '/')}"
+    return Extension(
+        f"glasklar.{package}.{name}",
+        [f"{folder}/{source}"],
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.hpp")),
+        extra_compile_args=flags,
+        extra_link_args=link,
+        optional=True,
+    )
+
+
+class Build(build_ext):
+    """Side by side, the longest first, and nothing twice."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or CORES
+
+    def build_extension(self, ext: Extension) -> None:
+        """Raises what its parent raises, which leaves out an optional library; never leaves an older one in its place."""
+        kept, target = KEPT / self.fingerprint(ext), Path(self.get_ext_fullpath(ext.name))
+        if not kept.exists():
+            super().build_extension(ext)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = kept.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(target, unfinished)
+            unfinished.replace(kept)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept, target)
+
+    def fingerprint(self, ext: Extension) -> str:
+        """Compiler, flags, and every byte of source."""
+        compiler = self.compiler.compiler_so
+        try:
+            version = subprocess.run([compiler[0], "-v"], capture_output=True, text=True, check=False).stderr
+        except OSError:  # no compiler: building will say so
+            version = ""
+        parts = [version, *compiler, *ext.extra_compile_args, *ext.extra_link_args]
+        digest = hashlib.sha256("\0".join(parts).encode())
+        for name in (*ext.sources, *ext.depends):
+            digest.update(b"\0" + (ROOT / name).read_bytes())
+        return f"{ext.name}-{digest.hexdigest()[:32]}"
+
+
+setup(
+    cmdclass={"build_ext": Build},
+    ext_modules=[
+        *(library("engine.cpu", "network.cpp", n, [*ENGINE, *f], ["-pthread"]) for n, f in ENGINE_BUILDS.items()),
+        *(library("ops.cpu", "kernels.cpp", n, [*TRAINING, *f], []) for n, f in TRAINING_BUILDS.items()),
+    ],
+)
