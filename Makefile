@@ -5,19 +5,21 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 TORCH   = torch>=2.11,<=2.13.0
+SOURCES = pyproject.toml setup.py $(wildcard src/glasklar/*/cpu/*.[ch]pp)
 
 .PHONY: setup dev up test test-slow lint bench clean
 
 setup: $(VENV)/.installed
 dev: $(VENV)/.dev
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
+# The C++ libraries are taken from build/native, where setup.py keeps them: only what is missing is installed.
 $(VENV)/.dev: $(VENV)/.installed
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
