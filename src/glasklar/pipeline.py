@@ -232,12 +232,14 @@ class Pipeline:
         self._record(
             {"evaluation": "rl step", "split": "valid", "step": step, **table(scores, self.recipe.reasoning_tasks)},
             in_ledger=False,
+            scores=scores,
         )
 
     def _evaluate(self, index: int) -> None:
         """After a stage: bits per byte on held-out documents; after SFT and RL also the tasks, easy and hard."""
         stage, settings = self.recipe.stages[index], self.recipe.evaluation
         line: dict[str, Any] = {"evaluation": f"after {stage.kind}", "split": "test", "step": stage.steps}
+        scores: dict[str, Scores] = {}
         if self.corpus.held_out and isinstance(stage, PretrainStage):
             self.reporter.note("measuring bits per byte on held-out documents")
             line["bits_per_byte"] = bits_per_byte(
@@ -253,7 +255,7 @@ class Pipeline:
             line |= self._network()
         else:
             return
-        self._record(line, in_ledger=True)
+        self._record(line, in_ledger=True, scores=scores)
 
     def _network(self) -> dict[str, Any]:
         """Acceptance of drafted second tokens and load of the experts, on greedy answers to test problems."""
@@ -270,7 +272,10 @@ class Pipeline:
             found["load_max_mean"] = expert_load(self.model, self.corpus.tokenizer, answers, length=length)
         return found
 
-    def _record(self, line: dict[str, Any], *, in_ledger: bool) -> None:
+    def _record(self, line: dict[str, Any], *, in_ledger: bool, scores: dict[str, Scores]) -> None:
+        """Figures, with examples of the answers behind them."""
+        if scores:
+            line = {**line, "examples": {name: list(score.examples) for name, score in scores.items()}}
         line = {**line, "tokens": self.position.tokens, "seconds": self.seconds}
         self.run.metrics.append(line)
         if in_ledger:

@@ -8,11 +8,14 @@ from math import comb
 from statistics import fmean
 from typing import Any
 
+from glasklar.data.chat import parse
 from glasklar.data.procedural import Mixture
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.engine.engine import Engine
-from glasklar.eval.answers import ask
+from glasklar.eval.answers import Answer, ask
 from glasklar.tasks.base import Split
+
+EXAMPLES = 2  # of each task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class Scores:
     thought     share of those greedy answers that think; length: their mean number of tokens
     thinking    right at temperature 0 when it must think; direct: when it must not
     pass1       right at temperature 1, mean over samples; pass_k: chance that one of k samples is right (unbiased)
+    examples    for people: the first greedy answers as {"question", "thought", "answer", "correct"}
     """
 
     n: int
@@ -34,6 +38,7 @@ class Scores:
     pass1: float | None = None
     pass_k: float | None = None
     k: int = 16
+    examples: tuple[dict[str, Any], ...] = ()
 
     def as_json(self) -> dict[str, float | int]:
         """Stable keys for reports; absent figures are left out."""
@@ -84,8 +89,19 @@ def evaluate_tasks(
             pass1=fmean(count / samples for count in right) if right else None,
             pass_k=fmean(pass_at_k(samples, count, k) for count in right) if right else None,
             k=k,
+            examples=tuple(_example(answer, tokenizer) for answer in free[:EXAMPLES]),
         )
     return results
+
+
+def _example(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
+    reply = parse(tokenizer, answer.completion.ids)
+    return {
+        "question": answer.problem.question,
+        "thought": reply.reasoning,
+        "answer": reply.content,
+        "correct": answer.correct,
+    }
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

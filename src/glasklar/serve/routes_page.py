@@ -34,6 +34,7 @@ def _news(app: FastAPI, backend: Backend) -> None:
             "run": None if news is None else news.name,
             "error": backend.failure,
             "single_turn": service is not None and service.model.single_turn,
+            "tracing": backend.tracing is not None,
         }
 
     @app.get("/run/metrics")
@@ -41,6 +42,11 @@ def _news(app: FastAPI, backend: Backend) -> None:
         if since < 0:
             raise RequestError(f"since = {since}: a line number is wanted, 0 or more")
         return {"lines": [], "next": 0} if backend.news is None else backend.news.after(since)
+
+    @app.get("/run/progress")
+    def progress() -> dict[str, Any] | None:
+        """Stages, time, energy and cost of the run; None where there is no run to show."""
+        return None if backend.news is None else backend.news.progress()
 
 
 def _pages(app: FastAPI) -> None:

@@ -1,210 +1,223 @@
-// Conversation: questions, thoughts and answers as they are made, and a look inside every token.
+// A conversation: a tree of messages, of which one branch is shown. Answers are made on the server whether or not anybody
+// looks; the page attaches to one that is being made, and detaches without ending it.
 
-import { answer } from './api.js';
+import * as api from './api.js';
+import { Composer } from './composer.js';
 import { find, make } from './dom.js';
-import { number, tenths, words } from './i18n.js';
+import { words } from './i18n.js';
+import { Inside } from './inside.js';
+import { Turn } from './turn.js';
 
-const UNSURE = Math.log(0.6);
-const STEPS = { ArrowLeft: -1, ArrowRight: 1 };
+const NEAR = 120; // pixels from the end within which the view follows a growing answer
 
 export class Chat {
-  constructor() {
-    this.model = null;
-    this.singleTurn = false;
-    this.messages = [];
-    this.running = null;
-    const form = find('ask'), question = find('question');
-    form.addEventListener('submit', (event) => { event.preventDefault(); this.send(question.value); });
-    question.addEventListener('keydown', (event) => {
-      if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) { event.preventDefault(); form.requestSubmit(); }
-    });
-    question.addEventListener('input', grow);
-    find('stop').addEventListener('click', () => this.running?.abort());
-    const chips = find('examples').querySelector('.chips');
+  constructor(sidebar) {
+    this.sidebar = sidebar;
+    this.inside = new Inside();
+    this.composer = new Composer((question) => this.send(question), () => this.stop());
+    this.turns = new Map();
+    this.clear();
+    sidebar.renamed = (title) => this.entitle(title);
     for (const text of words.examples) {
-      chips.append(make('button', { type: 'button', textContent: text, onclick: () => this.send(text) }));
+      find('welcome').querySelector('.chips').append(make('button', { type: 'button', textContent: text, onclick: () => this.send({ content: text, files: [] }) }));
     }
   }
 
-  serve(model, singleTurn) {
-    this.model = model;
-    this.singleTurn = singleTurn;
+  serve(status, names) {
+    this.model = status.model;
+    this.inside.traces = status.tracing;
+    const options = names.map((name) => make('option', { value: name, textContent: name, selected: name === status.model }));
+    find('model').replaceChildren(...options);
+    find('model').disabled = names.length < 2;
+    this.singleTurn = status.single_turn;
+    find('ask').title = status.single_turn ? words.singleTurn : '';
   }
 
-  send(text) {
-    if (!text.trim() || this.running || !this.model) return;
-    find('question').value = '';
-    grow.call(find('question'));
-    find('notice').replaceChildren();
-    this.ask([...(this.singleTurn ? [] : this.messages), { role: 'user', content: text.trim() }]);
+  clear() {
+    this.detach();
+    this.id = null;
+    this.messages = new Map();
+    this.leaf = null;
+    this.turns.clear();
   }
 
-  async ask(messages) {
-    const turn = new Turn(messages.at(-1).content, () => {
-      if (this.running) return;
-      turn.remove();
-      this.ask(messages);
-    });
-    this.running = new AbortController();
-    this.busy(true);
+  entitle(text) {
+    find('title').textContent = text;
+    document.title = text === 'glasklar' ? `${this.model ?? ''} · glasklar` : `${text} · glasklar`;
+  }
+
+  async open(id) {
+    if (id && id === this.id) { this.entitle(this.title); return; }
+    this.clear();
+    this.sidebar.mark(id);
+    this.entitle('glasklar');
+    this.show();
+    find('question').focus({ preventScroll: true });
+    if (!id) return;
     try {
-      for await (const chunk of answer(this.body(messages), this.running.signal)) turn.take(chunk);
-      this.messages = [...messages, { role: 'assistant', content: turn.content }];
+      const tree = await api.conversation(id);
+      if (location.hash !== `#/c/${id}`) return;
+      this.id = id;
+      this.title = tree.title;
+      this.take(tree.messages);
+      this.leaf = tree.leaf ?? tree.messages.at(-1)?.id ?? null;
+      this.entitle(tree.title);
+      this.show();
+      this.toEnd();
+      this.attach();
     } catch (error) {
-      turn.fail(...trouble(error));
+      this.say(api.said(error));
     }
-    turn.end();
-    this.running = null;
-    this.busy(false);
   }
 
-  body(messages) {
-    const thinking = find('thinking').value, seed = find('seed').valueAsNumber;
-    return {
-      model: this.model, messages, logprobs: true, top_logprobs: 5,
-      temperature: Number(find('temperature').value), ...(Number.isNaN(seed) ? {} : { seed: Math.trunc(seed) }),
-      ...(thinking === 'auto' ? {} : { thinking: { type: thinking } }),
-    };
+  take(messages) {
+    for (const message of messages) this.messages.set(message.id, message);
   }
 
-  busy(now) {
-    find('send').hidden = now;
-    find('stop').hidden = !now;
-    if (!now) find('question').focus({ preventScroll: true });
+  // --- the tree ---
+
+  path() {
+    const found = [];
+    for (let at = this.messages.get(this.leaf); at; at = this.messages.get(at.parent)) found.unshift(at);
+    return found;
   }
-}
 
-// What to say of an error, and whether it is one: whoever pressed stop wanted it. `fetch` knows lost connections
-// as TypeError, in words of the browser that help nobody.
-function trouble(error) {
-  if (error.name === 'AbortError') return [words.stopped, false];
-  return [error instanceof TypeError ? words.lost : error.message, true];
-}
+  siblings(message) {
+    return [...this.messages.values()].filter((one) => one.parent === message.parent && one.role === message.role);
+  }
 
-function grow() {
-  this.style.height = 'auto';
-  this.style.height = `${this.scrollHeight + 2}px`;
-}
+  // To another version of a message, and from there on along the newest.
+  async toVersion(message) {
+    let leaf = message;
+    for (;;) {
+      const next = [...this.messages.values()].filter((one) => one.parent === leaf.id).at(-1);
+      if (!next) break;
+      leaf = next;
+    }
+    this.leaf = leaf.id;
+    this.show();
+    this.turns.get(message.id)?.focusVersions();
+    this.attach();
+    await api.change(this.id, { leaf: leaf.id }).catch((error) => this.say(api.said(error)));
+  }
 
-// One question with its answer.
-class Turn {
-  constructor(question, again) {
-    this.began = performance.now();
-    this.content = '';
-    this.reasoningTokens = 0;
-    this.summary = make('summary', { textContent: words.thinkingNow });
-    this.thoughtTokens = make('div', { className: 'tokens' });
-    this.thought = make('details', { className: 'thought', open: true, hidden: true }, this.summary, this.thoughtTokens);
-    this.answer = make('div', { className: 'answer' });
-    this.foot = make('div', { className: 'foot' });
-    this.again = again;
-    const asked = make('p', { className: 'question', textContent: question });
-    this.box = make('article', { className: 'turn' }, asked, this.thought, this.answer, this.foot);
-    this.box.addEventListener('keydown', walk);
-    find('log').append(this.box);
+  // --- showing ---
+
+  show() {
+    const path = this.path();
+    find('welcome').hidden = path.length > 0 || Boolean(location.hash.startsWith('#/c/') && !this.id);
+    const shown = path.map((message, k) => {
+      const turn = this.turns.get(message.id) ?? new Turn(message, this);
+      this.turns.set(message.id, turn);
+      turn.update(message, this.siblings(message), k === path.length - 1);
+      return turn.box;
+    });
+    const log = find('log'), gone = [...log.children].filter((child) => !shown.includes(child));
+    for (const child of gone) child.remove();
+    shown.forEach((box, k) => { if (log.children[k] !== box) log.insertBefore(box, log.children[k] ?? null); });
+    this.composer.busy(path.at(-1)?.state === 'running');
+  }
+
+  say(text) {
+    find('notice').textContent = text;
+  }
+
+  toEnd() {
+    find('scroll').scrollTop = find('scroll').scrollHeight;
+  }
+
+  // --- asking ---
+
+  async send({ content, files }, parent = this.path().at(-1)?.id ?? null) {
+    if (this.composer.isBusy || !this.model) return false;
+    this.say('');
+    this.composer.busy(true);
+    try {
+      const settings = this.composer.settings();
+      const begun = await api.ask(this.id, { content, files, settings, ...(this.id ? { parent } : {}) });
+      this.begin(begun);
+      return true;
+    } catch (error) {
+      this.composer.busy(false);
+      this.say(api.said(error));
+      return false;
+    }
+  }
+
+  async again(message) {
+    if (this.composer.isBusy) return;
+    this.composer.busy(true);
+    const settings = this.composer.settings();
+    if (!settings.temperature) settings.temperature = 0.7; // at 0 the same answer would come
+    try {
+      this.begin(await api.again(this.id, message.parent, settings));
+    } catch (error) {
+      this.composer.busy(false);
+      this.say(api.said(error));
+    }
+  }
+
+  edit(message, content) {
+    return this.send({ content, files: [] }, message.parent);
+  }
+
+  begin(begun) {
+    const fresh = this.id !== begun.id;
+    this.id = begun.id;
+    this.title = begun.title;
+    this.take(begun.messages);
+    this.leaf = begun.messages.at(-1).id;
+    if (fresh) history.pushState(null, '', `#/c/${this.id}`);
+    this.entitle(this.title);
+    this.sidebar.mark(this.id);
+    this.sidebar.refresh();
+    this.show();
+    this.toEnd();
+    this.attach();
+  }
+
+  async stop() {
+    const last = this.path().at(-1);
+    if (last?.state === 'running') await api.stop(this.id, last.id).catch((error) => this.say(api.said(error)));
+  }
+
+  // --- answers as they grow ---
+
+  detach() {
+    this.attached?.abort();
+    this.attached = null;
+  }
+
+  async attach() {
+    this.detach();
+    const message = this.path().at(-1), id = this.id;
+    if (message?.state !== 'running') return;
+    const listening = new AbortController();
+    this.attached = listening;
     find('spoken').textContent = words.thinkingNow;
-    this.foot.scrollIntoView({ block: 'end' });
-  }
-
-  remove() {
-    this.box.remove();
-  }
-
-  take(chunk) {
-    this.usage = chunk.usage ?? this.usage;
-    const choice = chunk.choices[0];
-    if (!choice) return;
-    this.finish = choice.finish_reason ?? this.finish;
-    this.content += choice.delta.content ?? '';
-    if (choice.delta.content && !this.thoughtEnded) this.closeThought();
-    for (const entry of choice.logprobs?.reasoning_content ?? []) {
-      this.thought.hidden = false;
-      this.reasoningTokens += 1;
-      this.thoughtTokens.append(...token(entry));
+    try {
+      for await (const now of api.events(id, message.id, listening.signal)) {
+        if (listening.signal.aborted) return;
+        this.grow(now);
+      }
+    } catch (error) {
+      if (listening.signal.aborted) return;
+      this.say(api.said(error));
+      this.composer.busy(false);
+      setTimeout(() => { if (this.attached === listening) this.attach(); }, 2000);
+      return;
     }
-    for (const entry of choice.logprobs?.content ?? []) this.answer.append(...token(entry));
-    this.answer.scrollIntoView({ block: 'nearest' });
+    const done = this.messages.get(message.id);
+    find('spoken').textContent = done.content || done.error || words.states[done.state] || words.empty;
+    this.sidebar.refresh();
   }
 
-  closeThought() {
-    this.thoughtEnded = true;
-    const seconds = number.format((performance.now() - this.began) / 1000);
-    this.summary.textContent = words.thought(seconds, this.reasoningTokens);
-  }
-
-  fail(text, wrong) {
-    this.failed = text;
-    this.foot.append(make('span', { className: wrong ? 'wrong' : '', textContent: text }));
-  }
-
-  end() {
-    if (!this.thoughtEnded) this.closeThought();
-    // Whole characters in place of the pieces of bytes that tokens may be.
-    if (this.answer.textContent.includes('\ufffd')) this.answer.textContent = this.content;
-    if (!this.content && !this.failed) this.answer.append(make('span', { className: 'muted', textContent: words.empty }));
-    const seconds = (performance.now() - this.began) / 1000;
-    if (this.usage) {
-      const tokens = this.usage.completion_tokens;
-      this.foot.append(make('span', { textContent: words.facts(tokens, number.format(Math.round(tokens / seconds))) }));
-    }
-    if (this.finish) this.foot.append(make('span', { textContent: words.finish[this.finish] ?? this.finish }));
-    const again = make('button', { type: 'button', className: 'again', textContent: words.again, onclick: this.again });
-    this.foot.append(copyButton(() => this.content), again);
-    // One stop of the Tab key for each run of tokens; the arrow keys go on from there.
-    for (const run of [this.thoughtTokens, this.answer]) run.querySelector('.token')?.removeAttribute('tabindex');
-    find('spoken').textContent = [this.content, this.failed].filter(Boolean).join(' · ') || words.empty;
-    this.foot.scrollIntoView({ block: 'nearest' });
+  grow(message) {
+    const scroll = find('scroll'), follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < NEAR;
+    this.messages.set(message.id, message);
+    const path = this.path();
+    this.turns.get(message.id)?.update(message, this.siblings(message), path.at(-1)?.id === message.id);
+    if (message.state !== 'running') this.composer.busy(false);
+    if (follows) this.toEnd();
   }
 }
-
-function walk(event) {
-  const step = STEPS[event.key];
-  if (!step || !event.target.matches('.token')) return;
-  const tokens = [...event.target.parentElement.querySelectorAll('.token')];
-  const next = tokens[tokens.indexOf(event.target) + step];
-  if (!next) return;
-  event.preventDefault();
-  event.target.tabIndex = -1;
-  next.tabIndex = 0;
-  next.focus();
-}
-
-function copyButton(text) {
-  const button = make('button', { type: 'button', textContent: words.copy });
-  button.addEventListener('click', async () => {
-    const done = await navigator.clipboard.writeText(text()).then(() => true, () => false);
-    button.textContent = done ? words.copied : words.notCopied;
-    setTimeout(() => { button.textContent = words.copy; }, 1500);
-  });
-  return button;
-}
-
-// A button, and the line breaks that it ends with: inside of a button they would break nothing.
-function token(entry) {
-  const kind = entry.logprob < UNSURE ? 'token unsure' : 'token';
-  const breaks = entry.token.match(/\n*$/)[0], text = entry.token.slice(0, entry.token.length - breaks.length);
-  const button = make('button', { type: 'button', className: kind, tabIndex: -1, textContent: text || '↵' });
-  button.addEventListener('click', () => lookInside(entry));
-  return text ? [button, breaks] : [breakSign(button), breaks];
-}
-
-function breakSign(button) {
-  button.classList.add('break');
-  return button;
-}
-
-function lookInside(entry) {
-  const entries = entry.top_logprobs.some((one) => one.token === entry.token) ? entry.top_logprobs : [...entry.top_logprobs, entry];
-  const rows = entries.map((one) => {
-    const bar = make('span'), probability = Math.exp(one.logprob);
-    bar.style.width = `${Math.max(1, 100 * probability)}%`;
-    const kind = one.token === entry.token ? 'choice taken' : 'choice';
-    const name = make('code', { textContent: visible(one.token) });
-    return make('div', { className: kind }, name, bar, make('em', { textContent: exact(probability) }));
-  });
-  find('inside-body').replaceChildren(make('p', { className: 'muted', textContent: words.insideText }), ...rows);
-  find('inside').showModal();
-}
-
-const exact = (p) => (p < 0.0005 ? `< ${tenths.format(0.001)}` : tenths.format(p));
-const visible = (text) => text.replaceAll('\n', '↵').replaceAll(' ', '␣');

@@ -1,9 +1,10 @@
 // Which view is shown, and news from the server once a second.
 
-import { metrics, status } from './api.js';
+import { metrics, models, progress, status } from './api.js';
 import { Chat } from './chat.js';
 import { find, make } from './dom.js';
 import { translate, words } from './i18n.js';
+import { Sidebar } from './sidebar.js';
 import { Training } from './training.js';
 
 const EVERY = 1000;
@@ -11,39 +12,45 @@ let state = null, model = null, hasRun = false;
 
 translate(document);
 const training = new Training();
-const chat = new Chat();
+const sidebar = new Sidebar();
+const chat = new Chat(sidebar);
 
+// #/ a new conversation, #/c/ID an earlier one, #/training how the model was made
 function show() {
-  const wanted = location.hash.slice(1);
-  const view = state === 'serving' && (wanted !== 'training' || !hasRun) ? 'chat' : 'training';
-  for (const name of ['chat', 'training']) {
-    find(name).hidden = name !== view;
-    const link = document.querySelector(`nav a[href="#${name}"]`);
-    if (name === view) link.setAttribute('aria-current', 'page');
-    else link.removeAttribute('aria-current');
-    link.hidden = name === 'chat' ? state !== 'serving' : state === 'serving' && !hasRun;
-  }
+  const [, place, id] = location.hash.split('/');
+  const view = state === 'serving' && (place !== 'training' || !hasRun) ? 'chat' : 'training';
+  for (const name of ['chat', 'training']) find(name).hidden = name !== view;
+  find('to-training').hidden = !hasRun || state !== 'serving';
+  if (view === 'training') find('to-training').setAttribute('aria-current', 'page');
+  else find('to-training').removeAttribute('aria-current');
+  document.body.classList.toggle('alone', state !== 'serving');
+  sidebar.close();
+  if (view === 'chat') chat.open(place === 'c' ? id : null);
+  else title(state === 'serving' ? words.training : model ?? 'glasklar');
 }
 
-// The chat takes the place of the training by itself; this says so and leads back.
+function title(text) {
+  find('title').textContent = text;
+  document.title = `${text} · glasklar`;
+}
+
+// The chat takes the place of the training by itself; this says so.
 function announce() {
-  const back = make('a', { href: '#training', textContent: words.howItWasMade });
-  find('notice').replaceChildren(`${words.ready} `, back);
-  location.hash = '#chat';
+  find('notice').replaceChildren(`${words.ready} `, make('a', { href: '#/training', textContent: words.training }));
+  if (location.hash !== '#/') location.hash = '#/';
   find('question').focus();
 }
 
-function apply(now, news) {
-  find('model').textContent = now.model ?? now.run ?? '';
+async function apply(now, news) {
   if (news.lines.length || now.state !== state) {
     training.take(news);
-    training.show(now.state, now.error);
+    training.show(now, await progress());
   }
   if (now.model && now.model !== model) {
-    model = now.model;
-    chat.serve(model, now.single_turn);
-    document.title = `${model} · glasklar`;
+    chat.serve(now, await models());
+    sidebar.refresh();
   }
+  model = now.model ?? now.run;
   if (now.state === state && hasRun === (now.run !== null)) return;
   const finished = state === 'training' && now.state === 'serving';
   state = now.state;
@@ -59,17 +66,31 @@ function reachable(yes) {
 }
 
 async function watch() {
-  let news = null;
+  let reached = true;
   try {
-    news = [await status(), await metrics(training.next)];
-  } catch {
-    reachable(false);
+    await apply(await status(), await metrics(training.next));
+  } catch (error) {
+    if (!(error instanceof TypeError) && !error.status) throw error;
+    reached = false;
+  } finally {
+    setTimeout(watch, reached && state === 'serving' ? 5 * EVERY : EVERY);
   }
-  setTimeout(watch, news && state === 'serving' ? 5 * EVERY : EVERY);
-  if (!news) return;
-  reachable(true);
-  apply(...news);
+  reachable(reached);
 }
+
+// --- appearance ---
+
+function dress(theme) {
+  document.documentElement.dataset.theme = theme;
+  find('theme').value = theme;
+}
+
+find('theme').addEventListener('change', () => {
+  localStorage.setItem('theme', find('theme').value);
+  dress(find('theme').value);
+});
+dress(['light', 'dark'].includes(localStorage.getItem('theme')) ? localStorage.getItem('theme') : 'auto');
+find('skip').addEventListener('click', (event) => { event.preventDefault(); (find('chat').hidden ? find('training') : find('question')).focus(); });
 
 addEventListener('hashchange', show);
 watch();

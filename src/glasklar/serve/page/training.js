@@ -2,7 +2,7 @@
 
 import { chart } from './charts.js';
 import { find, make } from './dom.js';
-import { clock, number, share, words } from './i18n.js';
+import { clock, number, precise, share, short, words } from './i18n.js';
 
 export class Training {
   constructor() {
@@ -33,29 +33,32 @@ export class Training {
     return this.parts;
   }
 
-  show(state, error) {
-    const last = this.steps.at(-1);
+  // `now`: what /run/status said, `progress`: what /run/progress said.
+  show(now, progress) {
+    const last = this.steps.at(-1), { state, error } = now;
     if (state === 'failed') this.hero(words.failed, words.failed, error, 0, '');
-    else if (state === 'serving') this.hero(words.done, this.outcome(), words.doneStory, 1, this.total());
+    else if (state === 'serving') this.hero(words.doneStage, this.outcome(), words.doneStory, 1, '');
     else if (!last) this.hero(words.waiting, words.waiting, words.waitingStory, 0, '');
     else this.now(last);
+    if (progress) {
+      this.stages(progress.stages, state === 'training');
+      this.figures(progress, state === 'serving');
+    }
     this.scores();
+    this.samples();
     this.charts();
   }
 
   now(last) {
-    const timing = words.timing(last.step, last.of, number.format(Math.round(last.tokens_per_second ?? 0)), clock(last.seconds_left ?? 0));
+    const timing = words.timing(last.step, last.of, short.format(last.tokens_per_second ?? 0), clock(last.seconds_left ?? 0));
     const name = words.stageNumber(last.part, words.stages[last.stage] ?? last.stage);
     this.hero(name, words.headlines[last.stage] ?? name, words.stories[last.stage] ?? '', last.step / last.of, timing);
   }
 
+  // Says that thinking was learned only where reinforcement made it better.
   outcome() {
-    return this.steps.some((line) => line.stage === 'rl') ? words.doneHeadline : words.doneElse;
-  }
-
-  total() {
-    const last = this.evaluations.at(-1) ?? this.steps.at(-1);
-    return last ? `${words.spent}: ${clock(last.seconds)}` : '';
+    const [before, after] = ['after sft', 'after rl'].map((name) => this.evaluations.findLast((line) => line.evaluation === name));
+    return after?.mean?.greedy > before?.mean?.greedy ? words.doneHeadline : words.doneElse;
   }
 
   hero(stage, headline, story, done, timing) {
@@ -63,6 +66,35 @@ export class Training {
     for (const [id, text] of Object.entries(texts)) if (find(id).textContent !== text) find(id).textContent = text;
     find('progress').style.width = `${100 * done}%`;
     find('progress').parentElement.setAttribute('aria-valuenow', String(Math.round(100 * done)));
+    find('progress').parentElement.hidden = done === 1;
+    find('timing').hidden = !timing;
+  }
+
+  stages(stages, running) {
+    const at = stages.findLastIndex((stage) => stage.done);
+    const entries = stages.map((stage, k) => {
+      const entry = make('li', { textContent: words.stages[stage.kind] ?? stage.kind });
+      const now = running && k === at && stage.done < stage.steps;
+      entry.className = now ? 'now' : stage.done >= stage.steps || (!running && stage.done) ? 'past' : '';
+      if (now) entry.setAttribute('aria-current', 'step');
+      entry.style.setProperty('--done', `${(100 * stage.done) / stage.steps}%`);
+      return entry;
+    });
+    find('stages').replaceChildren(...entries);
+  }
+
+  figures({ seconds, seconds_left: left, tokens, joules, usd, counted }, finished) {
+    const kind = counted ? words.energyCounted : words.energyEstimate;
+    const money = usd < 1 ? words.cents(precise.format(100 * usd)) : words.dollars(number.format(usd));
+    const pairs = [
+      [finished ? words.figure.timeAll : words.figure.time, clock(seconds)],
+      ...(finished || left === null ? [] : [[words.figure.left, clock(left)]]),
+      [words.figure.tokens, short.format(tokens)],
+      [finished ? words.figure.energyAll : words.figure.energy, energyOf(joules), kind],
+      [words.figure.cost, money, kind],
+    ];
+    find('figures').replaceChildren(...(seconds ? pairs : []).map(([name, value, note]) => make('div', {}, name,
+      make('b', {}, value, note ? make('small', { className: 'muted', textContent: ` ${note}` }) : null))));
   }
 
   scores() {
@@ -80,6 +112,20 @@ export class Training {
         make('span', { className: 'muted', textContent: reinforced && earlier ? words.before(share.format(earlier.greedy)) : words.right }));
       find('scores').append(card);
     }
+  }
+
+  // What the model says to problems that it has never seen, as of the last evaluation.
+  samples() {
+    const line = this.evaluations.findLast((one) => one.examples);
+    if (!line || line === this.sampled) return;
+    this.sampled = line;
+    const stage = line.evaluation.replace('after ', '');
+    const when = line.evaluation === 'rl step' ? words.sampleStep(line.step) : words.sampleAfter(words.stages[stage] ?? stage);
+    const shown = Object.values(line.examples).flat().map((example) => make('div', { className: 'sample' },
+      make('p', { className: 'q', textContent: example.question }),
+      example.thought ? make('p', { className: 't', textContent: example.thought }) : null,
+      make('p', {}, example.answer || words.empty, make('span', { className: `verdict ${example.correct ? 'good' : ''}`, textContent: example.correct ? words.sampleRight : words.sampleWrong }))));
+    find('samples').replaceChildren(make('h3', {}, words.samples, make('span', { className: 'muted', textContent: when })), make('div', { className: 'sample-list' }, ...shown));
   }
 
   charts() {
@@ -121,3 +167,5 @@ export class Training {
     return shown;
   }
 }
+
+const energyOf = (joules) => (joules < 3.6e5 ? words.wh(precise.format(joules / 3600)) : words.kwh(precise.format(joules / 3.6e6)));
