@@ -31,3 +31,11 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> Pat
 
     home = tmp_path_factory.mktemp("home")
     return api.train(str(SMOKE), runtime=runtime, home=home)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory):
+    """Where servers under test stand: free ports of the loopback address, keys and usage in a folder of their own."""
+    from glasklar.serve.server import Site
+
+    return Site(home=tmp_path_factory.mktemp("serve-home"), port=0)

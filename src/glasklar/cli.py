@@ -16,6 +16,7 @@ from rich.console import Console
 
 from glasklar.errors import GlasklarError, RecordError
 from glasklar.runtime import Runtime, prepare, start
+from glasklar.serve.limits import Limits
 
 app = typer.Typer(
     name="glasklar",
@@ -42,19 +43,21 @@ def up(
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser")] = True,
 ) -> None:
     """Make `spark` if it is not there yet, with its live page open, then serve it."""
+    from glasklar.loading import open_folder
     from glasklar.recipe import load_recipe
     from glasklar.serve.live import LiveServer
+    from glasklar.serve.server import Site
 
     runtime = _runtime(threads)
     loaded = load_recipe(recipe)
     folder = _home() / "runs" / loaded.name
-    with LiveServer(folder, port=port, tracing=_tracing(folder, runtime), home=_home()) as server:
+    with LiveServer(folder, Site(home=_home(), port=port), tracing=_tracing(folder, runtime)) as server:
         out.print(f"[bold]glasklar[/] · {server.url}")
         if open_page and sys.stdout.isatty():
             webbrowser.open(server.url)
         if not (folder / "model" / "config.json").is_file():
             _train(recipe, folder, runtime)
-        server.release(_load(str(folder), runtime))
+        server.release(open_folder(folder / "model", runtime))
         out.print(f"[bold green]ready[/] · {server.url} · API: {server.url}/v1 · Ctrl-C stops")
         server.wait()
 
@@ -99,15 +102,115 @@ def chat(model: ModelName = "spark", threads: Threads = None) -> None:
 
 
 @app.command()
-def serve(model: ModelName, port: Port = 8421, host: str = "127.0.0.1", threads: Threads = None) -> None:
+def serve(
+    model: ModelName,
+    port: Port = 8421,
+    host: Annotated[str, typer.Option(help="Address; any other than this machine's own needs a key")] = "127.0.0.1",
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Another name under which it may be called; repeatable")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Pages of another site that may call it; repeatable")
+    ] = None,
+    require_key: Annotated[bool, typer.Option("--require-key", help="Also from this machine")] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM")] = None,
+    access_log: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A line of JSON for every request; - is stderr")
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Also what was sent")] = False,
+    running: Annotated[int, typer.Option(min=1, help="Answers computed at once")] = Limits.running,
+    queued: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them")] = Limits.queued,
+    cache_tokens: Annotated[int, typer.Option(min=16, help="Tokens that the cache holds")] = Limits.cache_tokens,
+    threads: Threads = None,
+) -> None:
     """Serve a model: OpenAI-compatible API and a page."""
-    from glasklar.serve.app import serve as run_server
+    from glasklar.loading import find_model, open_folder
+    from glasklar.serve.server import Site
+    from glasklar.serve.server import serve as run_server
 
+    site = Site(
+        home=_home(),
+        host=host,
+        port=port,
+        names=tuple(allow_host or ()),
+        origins=tuple(allow_origin or ()),
+        certificate=tls_cert,
+        private_key=tls_key,
+        key_required=require_key,
+        log=access_log,
+        log_bodies=log_prompts,
+        limits=Limits(running=running, queued=queued, cache_tokens=cache_tokens),
+    )
     runtime = _runtime(threads)
-    loaded = _load(model, runtime)
-    folder = loaded.folder.parent
+    found = open_folder(find_model(model, _home()), runtime)
+    folder = found.folder.parent
     run = folder if (folder / "metrics.jsonl").is_file() else None
-    run_server(loaded, host=host, port=port, run=run, tracing=_tracing(run, runtime), home=_home())
+    run_server(found, site, run=run, tracing=_tracing(run, runtime))
+
+
+keys = typer.Typer(help="Keys with which others may use a server, and what each has used.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+
+@keys.command("add")
+def add_key(
+    name: Annotated[str, typer.Argument(help="Whose it is")],
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Default: no limit")] = None,
+    tokens_per_day: Annotated[int | None, typer.Option(min=1, help="Of prompts and answers; default: no limit")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key. It is shown now and never again: only its hash is kept."""
+    with _access() as access:
+        key, secret = access.add(name, requests_per_minute=requests_per_minute, tokens_per_day=tokens_per_day)
+    _print({"id": key.id, "name": key.name, "key": secret}, as_json, secret)
+
+
+@keys.command("list")
+def list_keys(as_json: AsJson = False) -> None:
+    """Show all keys, the revoked ones too."""
+    from glasklar.display import keys_table
+
+    with _access() as access:
+        rows = [{name: value for name, value in vars(key).items() if name != "digest"} for key in access.all_keys()]
+    _print({"keys": rows}, as_json, keys_table(rows, "keys"))
+
+
+@keys.command("revoke")
+def revoke_key(name: Annotated[str, typer.Argument(help="Name or id")], as_json: AsJson = False) -> None:
+    """Refuse a key from now on, also by servers that run already."""
+    with _access() as access:
+        key = access.revoke(name)
+    _print({"id": key.id, "name": key.name}, as_json, f"{key.name} ({key.id}) is revoked")
+
+
+@keys.command("usage")
+def show_usage(
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values on stdout")] = False,
+) -> None:
+    """What each key has used: requests and tokens, by day (UTC)."""
+    import csv
+
+    from glasklar.display import keys_table
+
+    with _access() as access:
+        rows = access.usage()
+    if as_csv:
+        names = ["day", "name", "key", "requests", "prompt_tokens", "cached_tokens", "completion_tokens"]
+        writer = csv.DictWriter(sys.stdout, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        _print({"usage": rows}, as_json, keys_table(rows, "usage"))
+
+
+def _access() -> Any:
+    from contextlib import closing
+
+    from glasklar.serve.access import FILE, Access
+
+    return closing(Access(_home() / FILE))
 
 
 @app.command()

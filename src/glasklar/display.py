@@ -151,6 +151,16 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def keys_table(rows: list[dict[str, Any]], title: str) -> Table | str:
+    """Rows of equal names, a column each; keys or their usage."""
+    if not rows:
+        return f"no {title}"
+    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    return table
+
+
 def count(number: float) -> str:
     """1234567 -> "1.23M"."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

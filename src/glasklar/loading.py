@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,26 +14,27 @@ from glasklar.data.tokenizer import Tokenizer
 from glasklar.errors import CheckpointError
 from glasklar.hub import RECORD, folder_of, is_id
 from glasklar.model.attention import document_mask
-from glasklar.model.checkpoint import load_model
+from glasklar.model.checkpoint import load_model, read_config
 from glasklar.model.config import ModelConfig
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import select
-from glasklar.runtime import Runtime
+from glasklar.runtime import Precision, Runtime
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """A network ready to answer. `tokenizer` is None for a folder that has none: such a model speaks ids only."""
+class ModelFolder:
+    """A model without its weights: enough to speak for it while another process holds them.
 
-    network: Transformer
-    tokenizer: Tokenizer | None
+    tokenizer   None for a folder that has none: such a model speaks ids only
+    runtime     what it is computed with, its precision included
+    """
+
     folder: Path
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.network.config
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    runtime: Runtime
 
     @property
     def name(self) -> str:
@@ -44,6 +45,13 @@ class Model:
     def single_turn(self) -> bool:
         """Whether it learned from single exchanges only, as models made from a recipe do: earlier turns confuse it."""
         return (self.folder / "recipe.json").is_file()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(ModelFolder):
+    """A network ready to answer."""
+
+    network: Transformer
 
     @torch.inference_mode()
     def logits(self, ids: Tensor | list[int]) -> Tensor:
@@ -101,10 +109,19 @@ def _pulled(name: str, home: Path) -> Path:
 
 def load(folder: Path | str, runtime: Runtime, dtype: str | None = None) -> Model:
     """Loads network and tokenizer of a Hugging Face folder; `dtype`: "float32" or "bfloat16" (else the runtime's)."""
+    found = open_folder(folder, runtime, dtype)
+    runtime = found.runtime
+    network = load_model(found.folder, dtype=runtime.dtype, ops=select(runtime), device=runtime.device)
+    return Model(**vars(found) | {"network": network.requires_grad_(False), "config": network.config})
+
+
+def open_folder(folder: Path | str, runtime: Runtime, dtype: str | None = None) -> ModelFolder:
+    """What `load` loads, but for the weights."""
     folder = Path(folder)
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
-    wanted = DTYPES[dtype] if dtype else runtime.dtype
-    network = load_model(folder, dtype=wanted, ops=select(runtime), device=runtime.device)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise CheckpointError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
+        runtime = replace(runtime, compute=DTYPES[dtype])
+    config = read_config(folder)
     tokenizer = open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    return Model(network=network.requires_grad_(False), tokenizer=tokenizer, folder=folder)
+    return ModelFolder(folder=folder, config=config, tokenizer=tokenizer, runtime=runtime)

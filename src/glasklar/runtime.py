@@ -81,6 +81,15 @@ def start(threads: int, device: Device | None = None, compute: Precision = "bf16
     return Runtime(device=device, compute=compute, threads=threads)
 
 
+def resident_bytes(pid: int) -> int | None:
+    """Memory that a process has in RAM; None where the system does not tell (no /proc)."""
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

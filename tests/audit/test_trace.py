@@ -24,6 +24,7 @@ from glasklar.provenance.rundir import RunDir
 from glasklar.recipe import PretrainStage
 from glasklar.runtime import Runtime
 from glasklar.serve.live import LiveServer
+from glasklar.serve.server import Site
 
 TOKENS, DOCUMENT, PLANTED = 300_000, 500, 500
 
@@ -207,7 +208,8 @@ def test_likelihood_at_every_kept_state(tracer: Tracer, runtime: Runtime) -> Non
 @pytest.fixture(scope="module")
 def web(smoke_run: Path, runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     tracing = RunTracing(RunDir(smoke_run), tmp_path_factory.mktemp("traced"), runtime)
-    with LiveServer(smoke_run, port=0, tracing=tracing) as server, httpx.Client(base_url=server.url) as client:
+    site = Site(home=tmp_path_factory.mktemp("home"), port=0)
+    with LiveServer(smoke_run, site, tracing=tracing) as server, httpx.Client(base_url=server.url) as client:
         assert client.post("/v1/trace", json={"text": "x"}).status_code == 503
         server.release(load(smoke_run / "model", runtime))
         yield client
@@ -253,8 +255,8 @@ def test_bad_questions_are_refused_by_name(web: httpx.Client, body: dict) -> Non
     assert reply.json()["error"]["message"]
 
 
-def test_a_server_without_a_run_says_so(smoke_run: Path, runtime: Runtime) -> None:
-    with LiveServer(smoke_run, port=0) as server, httpx.Client(base_url=server.url) as client:
+def test_a_server_without_a_run_says_so(smoke_run: Path, runtime: Runtime, tmp_path: Path) -> None:
+    with LiveServer(smoke_run, Site(home=tmp_path, port=0)) as server, httpx.Client(base_url=server.url) as client:
         server.release(load(smoke_run / "model", runtime))
         reply = client.post("/v1/trace", json={"text": "x"})
     assert reply.status_code == 400

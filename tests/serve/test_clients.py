@@ -14,11 +14,10 @@ import pytest
 from glasklar.data.chat import Message, parse, render
 from glasklar.engine.engine import Engine
 from glasklar.engine.request import SamplingParams
-from glasklar.errors import CapacityError, RequestError
 from glasklar.loading import Model, load
 from glasklar.runtime import Runtime
-from glasklar.serve.app import listen
 from glasklar.serve.live import LiveServer
+from glasklar.serve.server import Site
 
 QUESTION = [{"role": "user", "content": "What is 3+4?"}]
 
@@ -29,8 +28,8 @@ def model(smoke_run: Path, runtime: Runtime) -> Model:
 
 
 @pytest.fixture(scope="module")
-def server(smoke_run: Path, model: Model) -> Iterator[LiveServer]:
-    with LiveServer(smoke_run, port=0) as live:
+def server(smoke_run: Path, model: Model, site: Site) -> Iterator[LiveServer]:
+    with LiveServer(smoke_run, site) as live:
         live.release(model)
         yield live
 
@@ -130,8 +129,8 @@ def test_models_and_news(client: openai.OpenAI, web: httpx.Client, model: Model,
     assert web.get("/run/metrics", params={"since": first["next"] - 2}).json()["lines"] == first["lines"][-2:]
 
 
-def test_before_the_model_is_there_requests_are_told_so(smoke_run: Path) -> None:
-    with LiveServer(smoke_run, port=0) as live, httpx.Client(base_url=live.url) as web:
+def test_before_the_model_is_there_requests_are_told_so(smoke_run: Path, site: Site) -> None:
+    with LiveServer(smoke_run, site) as live, httpx.Client(base_url=live.url) as web:
         assert web.get("/run/status").json()["state"] == "training"
         reply = web.post("/v1/chat/completions", json={"model": "m", "messages": QUESTION})
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
@@ -242,12 +241,3 @@ def test_unknown_paths_and_methods_have_the_same_shape(path: str, web: httpx.Cli
 def test_every_reply_carries_the_policy(web: httpx.Client) -> None:
     for path in ("/", "/v1/models", "/nothing"):
         assert "default-src 'none'" in web.get(path).headers["content-security-policy"]
-
-
-def test_other_addresses_and_taken_ports_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"0\.0\.0\.0"):
-        listen("0.0.0.0", 0)
-    with listen("127.0.0.1", 0) as taken:
-        taken.listen()
-        with pytest.raises(CapacityError, match="--port"):
-            listen("127.0.0.1", taken.getsockname()[1])

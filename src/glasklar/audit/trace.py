@@ -113,7 +113,9 @@ class Tracer:
 
     def _model(self, checkpoint: Path, runtime: Runtime) -> Model:
         network = state_at(self.recipe, checkpoint, runtime).requires_grad_(False)
-        return Model(network=network, tokenizer=self.tokenizer, folder=checkpoint)
+        return Model(
+            network=network, config=network.config, tokenizer=self.tokenizer, folder=checkpoint, runtime=runtime
+        )
 
     def _overlap(self, span: Span, query: Sequence[int]) -> Overlap:
         document = self.tables.document(span.document, self.tokenizer)

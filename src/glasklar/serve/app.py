@@ -6,41 +6,36 @@ import asyncio
 import contextlib
 import json
 import secrets
-import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeVar
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from glasklar.errors import CapacityError, GlasklarError, RequestError
-from glasklar.loading import Model
+from glasklar.errors import BusyError, CapacityError, GlasklarError
+from glasklar.loading import ModelFolder
 from glasklar.serve.backend import Backend
 from glasklar.serve.chat import collect, stream
-from glasklar.serve.conversations import conversations_in
-from glasklar.serve.guard import LOOPBACK, Guard, error_body
-from glasklar.serve.news import RunNews
+from glasklar.serve.gate import Door
+from glasklar.serve.guard import error_body
 from glasklar.serve.routes_audit import add_audit_routes
 from glasklar.serve.routes_page import add_page_routes
 from glasklar.serve.schema import ChatRequest
 from glasklar.serve.service import ModelService
-from glasklar.serve.trace import Tracing
 
 HEARTBEAT = 15.0  # seconds of silence after which a stream says that it is alive
 
 T = TypeVar("T")
 
 
-def create_app(backend: Backend, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
-    """The application. `hosts`: names under which it may be called."""
+def create_app(backend: Backend, door: Door | None = None) -> FastAPI:
+    """The application. `door`: how it may be reached; by default from this machine, without a key."""
     app = FastAPI(title="glasklar", version=version("glasklar"), docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, hosts=hosts)
+    (door or Door()).keep(app)
     _errors(app)
     add_page_routes(app, backend)
     _api(app, backend)
@@ -50,8 +45,14 @@ def create_app(backend: Backend, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
 
 def _api(app: FastAPI, backend: Backend) -> None:
     @app.get("/health")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, Any]:
+        service = backend.ready()
+        await service.ready()
+        return {"status": "ok", "model": service.name}
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -82,7 +83,7 @@ def _named(backend: Backend, name: str) -> ModelService:
     return service
 
 
-def _model(model: Model) -> dict[str, Any]:
+def _model(model: ModelFolder) -> dict[str, Any]:
     created = int((model.folder / "config.json").stat().st_mtime)
     context = model.config.max_position_embeddings
     return {"id": model.name, "object": "model", "created": created, "owned_by": "glasklar", "context_length": context}
@@ -137,6 +138,9 @@ async def _hung_up(request: Request) -> None:
 
 def _described(error: GlasklarError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of an error; clients may try again only where that can help."""
+    if isinstance(error, BusyError):
+        headers = {"retry-after": str(error.retry_after)}
+        return 429, error_body(str(error), "rate_limit_error", code="rate_limit_exceeded"), headers
     if isinstance(error, CapacityError):
         headers = {"retry-after": "5"}
         return 503, error_body(str(error), "server_error", code="unavailable"), headers
@@ -167,61 +171,3 @@ def _errors(app: FastAPI) -> None:
     async def fault(_: Request, error: Exception) -> JSONResponse:
         body = error_body(f"a fault of the server ({type(error).__name__}); its log has the details", "server_error")
         return JSONResponse(body, 500, headers={"x-should-retry": "false"})
-
-
-# --- starting ----------------------------------------------------------------------------------------------------
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises RequestError for an address that others can reach, CapacityError for a taken port."""
-    if host not in LOOPBACK:
-        raise RequestError(
-            f"--host {host}: others could reach it, and there is no access control yet; "
-            "serve on 127.0.0.1 and let a reverse proxy with authentication stand before it"
-        )
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise CapacityError(f"port {port} of {host}: {error.strerror}; choose another one with --port") from None
-    return listening
-
-
-def url_of(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def server_of(backend: Backend) -> uvicorn.Server:
-    config = uvicorn.Config(
-        create_app(backend), log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
-    )
-    return uvicorn.Server(config)
-
-
-def serve(
-    model: Model,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8421,
-    run: Path | None = None,
-    tracing: Tracing | None = None,
-    home: Path | None = None,
-) -> None:
-    """Serves a model until Ctrl-C. If it came from a run: `run`, the folder whose training the page shows, and
-    `tracing`, which finds what its training documents hold. `home`: where conversations are kept, None: they end with
-    the server."""
-    with listen(host, port) as listening:
-        service = ModelService(model)
-        news = None if run is None else RunNews(run)
-        print(f"{service.name} at {url_of(listening)} · API: {url_of(listening)}/v1 · Ctrl-C stops", flush=True)
-        backend = Backend(service=service, news=news, tracing=tracing, conversations=conversations_in(home))
-        try:
-            server_of(backend).run(sockets=[listening])
-        except KeyboardInterrupt:
-            print("stopped")
-        finally:
-            service.close()
-            backend.conversations.close()

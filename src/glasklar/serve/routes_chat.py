@@ -26,6 +26,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from glasklar.errors import RequestError
+from glasklar.serve.access import visit
 from glasklar.serve.backend import Backend
 from glasklar.serve.conversations import Entry, NotFoundError, Store
 from glasklar.serve.export import as_markdown
@@ -72,9 +73,9 @@ class Change(Strict):
     leaf: Name | None = None
 
 
-def owner_of(request: Request) -> str:
-    """Whose conversations these are."""
-    return ""
+def owner_of(_: Request) -> str:
+    """Whose conversations these are: the id of the key that the request carries."""
+    return visit().key
 
 
 def add_chat_routes(app: FastAPI, backend: Backend) -> None:

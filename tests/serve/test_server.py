@@ -1,0 +1,242 @@
+"""The server as it is started: who may reach it, slow and greedy clients, TLS, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from made import make_model
+
+from glasklar.errors import CapacityError, RequestError
+from glasklar.loading import open_folder
+from glasklar.runtime import Runtime
+from glasklar.serve.access import FILE, Access
+from glasklar.serve.limits import Limits
+from glasklar.serve.live import LiveServer
+from glasklar.serve.server import Site, opened
+
+LIMITS = Limits(running=4, queued=8, head_seconds=0.5, stall_seconds=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> Path:
+    return make_model(tmp_path_factory.mktemp("made") / "m", runtime)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, folder: Path, runtime: Runtime) -> Iterator[LiveServer]:
+    site = Site(home=tmp_path_factory.mktemp("home"), port=0, limits=LIMITS)
+    with LiveServer(folder.parent, site) as live:
+        live.release(open_folder(folder, runtime))
+        yield live
+
+
+def body(**more: object) -> dict[str, object]:
+    messages = [{"role": "user", "content": "hello"}]
+    return {"model": "m", "messages": messages, "max_tokens": 20, "temperature": 1.0, "seed": 1, **more}
+
+
+# --- the address ---------------------------------------------------------------------------------------------------
+
+
+def test_an_address_that_others_can_reach_needs_a_key(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "::"):
+        with pytest.raises(RequestError, match="glasklar keys add"), opened(Site(home=tmp_path, host=host, port=0)):
+            pass
+    with pytest.raises(RequestError, match="--require-key"), opened(Site(home=tmp_path, port=0, key_required=True)):
+        pass
+    access = Access(tmp_path / FILE)
+    access.add("Ada")
+    with opened(Site(home=tmp_path, host="0.0.0.0", port=0, names=("box.example",))) as (_, door):
+        assert (door.key_required, door.any_address, "box.example" in door.hosts) == (True, True, True)
+    with opened(Site(home=tmp_path, port=0)) as (_, door):
+        assert (door.key_required, door.any_address) == (False, False)
+    access.revoke("Ada")
+    with pytest.raises(RequestError, match="no key yet"), opened(Site(home=tmp_path, host="0.0.0.0", port=0)):
+        pass
+
+
+def test_a_taken_port_and_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(CapacityError, match="--port"), opened(Site(home=tmp_path, port=port)):
+            pass
+    with pytest.raises(RequestError, match="--tls-key"):
+        Site(home=tmp_path, certificate=tmp_path)
+    with pytest.raises(RequestError, match="no such file"):
+        Site(home=tmp_path, certificate=tmp_path / "x", private_key=tmp_path / "y")
+    with pytest.raises(RequestError, match="https://chat"):
+        Site(home=tmp_path, origins=("chat.example",))
+    with pytest.raises(RequestError, match="--access-log"):
+        Site(home=tmp_path, log_bodies=True)
+    with pytest.raises(RequestError, match="can be written"), opened(Site(home=tmp_path, port=0, log="/no/such/file")):
+        pass
+
+
+# --- slow and greedy clients ---------------------------------------------------------------------------------------
+
+
+def connected(server: LiveServer) -> socket.socket:
+    made = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20)
+    return made
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ", b"\r\n"])
+def test_a_head_that_does_not_come_ends_the_connection(server: LiveServer, sent: bytes) -> None:
+    with connected(server) as slow:
+        begin = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                slow.sendall(sent or b"")
+                sent = b"a" if sent else b""
+                slow.settimeout(0.1)
+                with contextlib.suppress(TimeoutError):
+                    if not slow.recv(100):
+                        break
+        assert 0.3 < time.monotonic() - begin < 8
+
+
+def test_a_connection_between_requests_may_rest_a_while(server: LiveServer) -> None:
+    with connected(server) as one:
+        for _ in range(2):
+            one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert one.recv(4096).startswith(b"HTTP/1.1 200")
+            time.sleep(0.8)
+
+
+def test_what_is_no_http_gets_the_one_shape_of_errors(server: LiveServer) -> None:
+    for content in (b"\x16\x03\x01 nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nX" + b"y" * 70_000):
+        with connected(server) as one:
+            one.sendall(content)
+            reply = one.recv(4096)
+        head, _, content = reply.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400")
+        assert set(json.loads(content)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_client_that_takes_nothing_is_let_go(server: LiveServer) -> None:
+    service = server._backend.service
+    assert service is not None
+    content = json.dumps(body(stream=True, max_tokens=1900, n=4, logprobs=True, top_logprobs=20)).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connected(server) as greedy:
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        greedy.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        deadline = time.monotonic() + 60
+        while not service.waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        while service.waiting:
+            assert time.monotonic() < deadline, "it is still written for"
+            time.sleep(0.05)
+
+
+def test_ten_times_the_queue_gets_200_or_429_and_then_all_is_as_before(server: LiveServer) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        before = client.post("/v1/chat/completions", json=body()).json()["choices"]
+
+        def one(seed: int) -> httpx.Response:
+            return httpx.post(f"{server.url}/v1/chat/completions", json=body(seed=seed, stream=True), timeout=60)
+
+        with ThreadPoolExecutor(120) as pool:
+            replies = list(pool.map(one, range(120)))
+        codes = {reply.status_code for reply in replies}
+        assert codes == {200, 429}
+        for reply in replies:
+            if reply.status_code == 200:
+                assert reply.text.endswith("data: [DONE]\n\n")
+                assert '"error"' not in reply.text
+            else:
+                assert int(reply.headers["retry-after"]) > 0
+        assert client.post("/v1/chat/completions", json=body()).json()["choices"] == before
+    assert server._backend.service is not None
+    assert server._backend.service.waiting == 0
+
+
+def test_ready_and_health(server: LiveServer) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").json()["model"] == "m"
+
+
+# --- TLS and the end -----------------------------------------------------------------------------------------------
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(names, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / "cert.pem", folder / "key.pem"
+    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    formats = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    paths[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, *formats))
+    return paths
+
+
+def test_the_command_serves_over_tls_with_keys_and_finishes_what_it_streams(folder: Path, tmp_path: Path) -> None:
+    """`glasklar serve` on all addresses. A signal comes in the middle of an answer, whose end still arrives; meanwhile
+    nobody else is let in. The log and the usage are complete."""
+    access = Access(tmp_path / FILE)
+    key, secret = access.add("Ada")
+    chain, private = certificate(tmp_path)
+    log = tmp_path / "access.jsonl"
+    words = ["serve", str(folder), "--host", "0.0.0.0", "--port", "0", "--threads", "1", "--access-log", str(log)]
+    command = [sys.executable, "-m", "glasklar", *words, "--tls-cert", str(chain), "--tls-key", str(private)]
+    environ = {**os.environ, "GLASKLAR_HOME": str(tmp_path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environ, text=True)
+    assert process.stdout is not None
+    with process, process.stdout:
+        url = process.stdout.readline().split(" at ")[1].split()[0]
+        assert url.startswith("https://127.0.0.1:")
+        trust = ssl.create_default_context(cafile=str(chain))
+        with httpx.Client(base_url=url, verify=trust, timeout=60) as client:
+            assert client.get("/").status_code == 401
+            client.headers["authorization"] = f"Bearer {secret}"
+            wish = body(stream=True, max_tokens=1500, stream_options={"include_usage": True})
+            with client.stream("POST", "/v1/chat/completions", json=wish) as reply:
+                lines = reply.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        usage = json.loads(rest[-2].removeprefix("data: "))["usage"]
+        assert usage["completion_tokens"] > 100
+        assert process.wait(timeout=30) == 0
+    [row] = access.usage()
+    assert (row["key"], row["requests"]) == (key.id, 1)
+    assert row["completion_tokens"] == usage["completion_tokens"]
+    assert row["prompt_tokens"] == usage["prompt_tokens"]
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(entry["status"], entry["key"]) for entry in entries] == [(401, None), (200, "Ada")]
+    assert entries[1]["completion_tokens"] == usage["completion_tokens"]
