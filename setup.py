@@ -32,6 +32,7 @@ TRAINING_BUILDS = {
 ENGINE = [*COMMON, "-ffp-contract=off", "-Wno-psabi", "-pthread"]
 ENGINE_BUILDS = {
     "_avx512": ["-O3", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
+    "_vnni": ["-O3", "-march=x86-64-v4", "-mavx512vnni"],
     "_avx2": ["-O3", "-march=x86-64-v3"],
     "_plain": ["-O2"],
 }

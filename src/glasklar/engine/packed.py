@@ -75,6 +75,12 @@ class PackedDraft:
     join: PackedMatrix
     vectors: dict[str, Tensor]
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name."""
+        yield from self.block.tensors("draft.block.")
+        yield "draft.join", self.join.data
+        yield from ((f"draft.{name}", vector) for name, vector in self.vectors.items())
+
 
 class Packer:
     """Packs with a given library. `kind` for the projections; the up-projections of MLA and the head keep 8 bits at
@@ -132,8 +138,8 @@ class Packer:
         packed = PackedLayer()
         prefix = prefix or f"layers.{index}."
         self._attention(packed, config, lambda name: get(f"{prefix}self_attn.{name}"))
-        packed.vectors["attention_norm"] = _vector(get(prefix + "input_layernorm.weight"))
-        packed.vectors["feed_norm"] = _vector(get(prefix + "post_attention_layernorm.weight"))
+        packed.vectors["attention_norm"] = vector(get(prefix + "input_layernorm.weight"))
+        packed.vectors["feed_norm"] = vector(get(prefix + "post_attention_layernorm.weight"))
         if config.is_moe_layer(index):
             self._experts(packed, config, lambda name: get(f"{prefix}mlp.{name}"))
         else:
@@ -146,7 +152,7 @@ class Packer:
         return PackedDraft(
             self.layer(config, config.num_hidden_layers, get, prefix="mtp.0.block."),
             self.matrix(get("mtp.0.eh_proj.weight")),
-            {name: _vector(get(f"mtp.0.{theirs}.weight")) for name, theirs in vectors.items()},
+            {name: vector(get(f"mtp.0.{theirs}.weight")) for name, theirs in vectors.items()},
         )
 
     def _attention(self, packed: PackedLayer, config: ModelConfig, get: Source) -> None:
@@ -168,10 +174,10 @@ class Packer:
             m["q"] = self.matrix(get("q_proj.weight"))
         else:
             m["q"] = self.matrix(get("q_a_proj.weight"), bias=bias("q_a_proj"))
-            v["q_latent_norm"] = _vector(get("q_a_layernorm.weight"))
+            v["q_latent_norm"] = vector(get("q_a_layernorm.weight"))
             m["q_up"] = self.matrix(get("q_b_proj.weight"))
         m["kv"] = self.matrix(get("kv_a_proj_with_mqa.weight"), bias=bias("kv_a_proj_with_mqa"))
-        v["latent_norm"] = _vector(get("kv_a_layernorm.weight"))
+        v["latent_norm"] = vector(get("kv_a_layernorm.weight"))
         up_HXC = get("kv_b_proj.weight").unflatten(0, (config.num_attention_heads, -1))
         N = config.qk_nope_head_dim
         m["k_up"] = self.matrix(up_HXC[:, :N].mT.contiguous(), self.fine)
@@ -186,7 +192,7 @@ class Packer:
     def _experts(self, packed: PackedLayer, config: ModelConfig, get: Source) -> None:
         packed.matrices["router"] = self.matrix(get("gate.weight"), FLOAT)
         if config.scoring_func == "sigmoid":
-            packed.vectors["router_bias"] = _vector(get("gate.e_score_correction_bias"))
+            packed.vectors["router_bias"] = vector(get("gate.e_score_correction_bias"))
         down = get("down_EDF")
         packed.matrices["experts_gate_up"] = self.matrix(get("gate_up_EFD"), parts=2)
         packed.matrices["experts_down"] = self.matrix(down)
@@ -197,7 +203,8 @@ class Packer:
             )
 
 
-def _vector(weight: Tensor) -> Tensor:
+def vector(weight: Tensor) -> Tensor:
+    """As the pass takes norms and biases: fp32, a copy of its own."""
     return weight.detach().float().contiguous().clone()
 
 
@@ -221,9 +228,7 @@ class PackedModel:
         for i, layer in enumerate(self.layers):
             yield from layer.tensors(f"layers.{i}.")
         if self.draft is not None:
-            yield from self.draft.block.tensors("draft.block.")
-            yield "draft.join", self.draft.join.data
-            yield from ((f"draft.{name}", vector) for name, vector in self.draft.vectors.items())
+            yield from self.draft.tensors()
 
     @property
     def nbytes(self) -> int:
@@ -249,6 +254,6 @@ def pack(
             progress(i + 1, config.num_hidden_layers)
     head = embedding if config.tie_word_embeddings else get("lm_head.weight")
     return PackedModel(
-        config, embedding.contiguous(), _vector(get("norm.weight")), packer.matrix(head, packer.fine), layers,
+        config, embedding.contiguous(), vector(get("norm.weight")), packer.matrix(head, packer.fine), layers,
         packer.draft(config, get) if draft and config.num_nextn_predict_layers else None,
     )  # fmt: skip

@@ -44,24 +44,43 @@ inline Words part(const T* p, int left) {
     constexpr int whole = 64 / sizeof(T);
     if (left >= whole) return load_as<Words>(p);
     Words w{};
-    std::memcpy(&w, p, left * sizeof(T));
+    if (left > 0) std::memcpy(&w, p, left * sizeof(T));
     return w;
 }
-inline Floats multiply_add(Floats c, Words a, Words b, const float*) { return fma(reinterpret_cast<Floats>(a), reinterpret_cast<Floats>(b), c); }
-inline Floats multiply_add(Floats c, Words a, Words b, const bf16*) { return dot_pairs(c, a, b); }
 
-// out[4 i + j] = query i . key j, over `width` values.
-template <class T>
-inline Floats dots(const T* const* queries, const T* const* keys, int width) {
-    constexpr int step = 64 / sizeof(T);
-    Floats total[16] = {};
-    for (int k = 0; k < width; k += step) {
-        Words q[4], r[4];
-        for (int i = 0; i < 4; ++i) q[i] = part(queries[i] + k, width - k);
-        for (int j = 0; j < 4; ++j) r[j] = part(keys[j] + k, width - k);
-        for (int i = 0; i < 4; ++i)
-            for (int j = 0; j < 4; ++j) total[4 * i + j] = multiply_add(total[4 * i + j], q[i], r[j], static_cast<const T*>(nullptr));
-    }
+// 64 bytes of a cached row as the products take them.
+template <class T> struct Cached;
+template <> struct Cached<float> {
+    typedef Floats Part;
+    static Part of(Words w) { return reinterpret_cast<Floats>(w); }
+    static Floats dot(Floats c, const Part& a, const Part& b) { return fma(a, b, c); }
+};
+template <> struct Cached<bf16> {
+    typedef Pairs Part;
+    static Part of(Words w) { return pairs(w); }
+    static Floats dot(Floats c, const Part& a, const Part& b) { return dot_pairs(c, a, b); }
+};
+template <class T> using Part = typename Cached<T>::Part;
+template <class T> constexpr int STEP = 64 / sizeof(T);
+
+// The queries of a block of heads, [width / STEP, H], zeros for heads that are none.
+template <class T, int H>
+inline void take_queries(const T* queries, int heads, int width, Part<T>* out) {
+    for (int k = 0; k < width; k += STEP<T>)
+        for (int h = 0; h < H; ++h) *out++ = Cached<T>::of(h < heads ? part(queries + h * width + k, width - k) : Words{});
+}
+
+// Lane j * H + h: query h . key j, over `width` values.
+template <class T, int H>
+inline Floats dots(const Part<T>* queries, const T* const* keys, int width) {
+    Floats total[LANES] = {};
+    for (int k = 0; k < width; k += STEP<T>, queries += H)
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES / H; ++j) {
+            const Part<T> key = Cached<T>::of(part(keys[j] + k, width - k));
+#pragma GCC unroll 8
+            for (int h = 0; h < H; ++h) total[j * H + h] = Cached<T>::dot(total[j * H + h], queries[h], key);
+        }
     return sums_of(total);
 }
 
@@ -69,7 +88,7 @@ inline Floats dots(const T* const* queries, const T* const* keys, int width) {
 struct Mixed {
     float top[HEADS], total[HEADS];
     float* values;  // [HEADS, width]
-    int width;      // a multiple of 16
+    int width;      // a multiple of 32
 
     void clear() {
         std::fill(top, top + HEADS, -INFINITY);
@@ -93,71 +112,124 @@ struct Mixed {
     }
 };
 
-// Weighted sums of 32 (bf16) or 16 (float) columns of the rows, for all heads.
-inline void mix_columns(const bf16* const* rows, int count, int column, int left, const bf16 (*weights)[SPAN], int heads, float* out, int width) {
-    Floats even[HEADS] = {}, odd[HEADS] = {};
-    for (int s = 0; s < count; s += 2) {
-        Words a = part(rows[s] + column, left), b = part(rows[std::min(s + 1, count - 1)] + column, left);
-        Words low = (a & 0xffffu) | b << 16, high = a >> 16 | (b & 0xffff0000u);
-        for (int h = 0; h < HEADS; ++h) {
-            uint32_t pair;
-            std::memcpy(&pair, weights[h] + s, 4);
-            even[h] = dot_pairs(even[h], low, Words{} + pair);
-            odd[h] = dot_pairs(odd[h], high, Words{} + pair);
-        }
+// Weights of a span, [keys, H]. Those that meet bf16 are rounded to it, and kept in pairs of keys where the products want that.
+template <class T, int H>
+class Weights {
+   public:
+    // Of as many keys from `key` on as fill a vector; returns them as kept.
+    Floats put(int key, Floats v) {
+        store(values_ + key * H, v);
+        return v;
     }
-    for (int h = 0; h < heads; ++h)
-        for (int i = 0; i < LANES && 2 * i < left; ++i) {
-            out[h * width + column + 2 * i] = even[h][i];
-            if (2 * i + 1 < left) out[h * width + column + 2 * i + 1] = odd[h][i];
+    Floats operator()(int key, int h) const { return spread(values_[key * H + h]); }
+
+   private:
+    alignas(64) float values_[SPAN * H];
+};
+template <int H>
+class Weights<bf16, H> {
+   public:
+    Floats put(int key, Floats v) {
+        const Words w = rounded(v);
+#if defined(__AVX512BF16__)
+        for (int i = 0; i < LANES / 2; ++i) {
+            const int at = i / H * 2 * H + i % H;
+            values_[key / 2 * H + i] = w[at] >> 16 | w[at + H];
         }
+#else
+        store(values_ + key * H, reinterpret_cast<Floats>(w));
+#endif
+        return reinterpret_cast<Floats>(w);
+    }
+#if defined(__AVX512BF16__)
+    Pairs pair(int key, int h) const { return Words{} + values_[key / 2 * H + h]; }
+
+   private:
+    alignas(64) uint32_t values_[SPAN * H / 2];
+#else
+    Pairs pair(int key, int h) const { return {spread(values_[key * H + h]), spread(values_[(key + 1) * H + h])}; }
+
+   private:
+    alignas(64) float values_[SPAN * H];
+#endif
+};
+
+// Weighted sums of C vectors of columns of the rows, for all heads.
+template <int H, int C>
+inline void mix_columns(const bf16* const* rows, int count, int column, int left, const Weights<bf16, H>& weights, Mixed& out) {
+    Floats even[C * H] = {}, odd[C * H] = {};
+    for (int s = 0; s < count; s += 2)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            const bf16 *a = rows[s] + column + c * 32, *b = rows[std::min(s + 1, count - 1)] + column + c * 32;
+            Pairs evens, odds;
+            pair_rows(part(a, left - c * 32), part(b, left - c * 32), evens, odds);
+#pragma GCC unroll 8
+            for (int h = 0; h < H; ++h) {
+                const Pairs w = weights.pair(s, h);
+                even[c * H + h] = dot_pairs(even[c * H + h], evens, w);
+                odd[c * H + h] = dot_pairs(odd[c * H + h], odds, w);
+            }
+        }
+    for (int i = 0; i < C * H; ++i) {
+        float* to = out.values + i % H * out.width + column + i / H * 32;
+        store(to, __builtin_shufflevector(even[i], odd[i], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+        store(to + LANES, __builtin_shufflevector(even[i], odd[i], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    }
 }
-inline void mix_columns(const float* const* rows, int count, int column, int left, const float (*weights)[SPAN], int heads, float* out, int width) {
-    Floats total[HEADS] = {};
-    for (int s = 0; s < count; ++s) {
-        Floats row = reinterpret_cast<Floats>(part(rows[s] + column, left));
-        for (int h = 0; h < HEADS; ++h) total[h] = fma(row, spread(weights[h][s]), total[h]);
-    }
-    for (int h = 0; h < heads; ++h)
-        for (int i = 0; i < LANES && i < left; ++i) out[h * width + column + i] = total[h][i];
+template <int H, int C>
+inline void mix_columns(const float* const* rows, int count, int column, int left, const Weights<float, H>& weights, Mixed& out) {
+    Floats total[C * H] = {};
+    for (int s = 0; s < count; ++s)
+        for (int c = 0; c < C; ++c) {
+            const Floats row = reinterpret_cast<Floats>(part(rows[s] + column + c * LANES, left - c * LANES));
+            for (int h = 0; h < H; ++h) total[c * H + h] = fma(row, weights(s, h), total[c * H + h]);
+        }
+    for (int i = 0; i < C * H; ++i) store(out.values + i % H * out.width + column + i / H * LANES, total[i]);
 }
 
-// Softmax attention of `heads` queries ([heads, key_width]) over `count` <= SPAN rows; the values lie `value_at` into a row.
-template <class T>
-inline void attend(const T* queries, int heads, int key_width, const T* const* rows, int count, int value_at, int value_width,
-                   float scale, Mixed& out) {
-    alignas(64) float scores[HEADS][SPAN];
-    alignas(64) T weights[HEADS][SPAN];
-    for (int h = 0; h < heads; h += 4) {
-        const T* q[4];
-        for (int i = 0; i < 4; ++i) q[i] = queries + std::min(h + i, heads - 1) * key_width;
-        for (int s = 0; s < count; s += 4) {
-            const T* k[4];
-            for (int j = 0; j < 4; ++j) k[j] = rows[std::min(s + j, count - 1)];
-            Floats found = dots(q, k, key_width) * scale;
-            for (int i = 0; i < 4 && h + i < HEADS; ++i) std::memcpy(scores[h + i] + s, reinterpret_cast<float*>(&found) + 4 * i, 16);
-        }
+// Softmax attention of up to H heads over `count` <= SPAN rows; the values lie `value_at` into a row.
+template <class T, int H>
+__attribute__((noinline)) void attend_heads(const Part<T>* queries, int key_width, const T* const* rows, int count, int value_at, int value_width,
+                                            float scale, Mixed& out) {
+    constexpr int KEYS = LANES / H, STEPS = std::min(4, 8 / H);
+    Weights<T, H> weights;
+    Floats scores[SPAN / KEYS], peak = spread(-INFINITY), total{};
+    const int blocks = (count + KEYS - 1) / KEYS;
+    for (int i = 0; i < blocks; ++i) {
+        const T* keys[KEYS];
+        for (int j = 0; j < KEYS; ++j) keys[j] = rows[std::min(i * KEYS + j, count - 1)];
+        scores[i] = dots<T, H>(queries, keys, key_width) * scale;
+        for (int lane = (count - i * KEYS) * H; lane < LANES; ++lane) scores[i][lane] = -INFINITY;
+        peak = larger(peak, scores[i]);
     }
-    const int padded = round_up(count, LANES);
-    for (int h = 0; h < HEADS; ++h) {
-        if (h >= heads) {
-            std::memset(weights[h], 0, sizeof weights[h]);
-            continue;
-        }
-        std::fill(scores[h] + count, scores[h] + padded, -INFINITY);
-        Floats peak = spread(-INFINITY), total{};
-        for (int s = 0; s < padded; s += LANES) peak = larger(peak, load(scores[h] + s));
-        out.top[h] = largest(peak);
-        for (int s = 0; s < padded; s += LANES) {
-            store(weights[h] + s, exp(load(scores[h] + s) - out.top[h]));
-            total += load(weights[h] + s);  // as rounded
-        }
-        out.total[h] = sum(total);
-    }
-    constexpr int step = 64 / sizeof(T);
+    for (int half = LANES / 2; half >= H; half /= 2)
+        for (int lane = 0; lane < half; ++lane) peak[lane] = std::max(peak[lane], peak[lane + half]);
+    for (int lane = H; lane < LANES; ++lane) peak[lane] = peak[lane % H];
+    for (int i = 0; i < blocks; ++i) total += weights.put(i * KEYS, exp(scores[i] - peak));
+    for (int half = LANES / 2; half >= H; half /= 2)
+        for (int lane = 0; lane < half; ++lane) total[lane] += total[lane + half];
+    for (int h = 0; h < H; ++h) out.top[h] = peak[h], out.total[h] = total[h];
+
     const T* values[SPAN];
     for (int s = 0; s < count; ++s) values[s] = rows[s] + value_at;
-    for (int c = 0; c < value_width; c += step) mix_columns(values, count, c, value_width - c, weights, heads, out.values, out.width);
+    int c = 0;
+    for (; c + STEPS * STEP<T> <= value_width; c += STEPS * STEP<T>) mix_columns<H, STEPS>(values, count, c, value_width - c, weights, out);
+    for (; c < value_width; c += STEP<T>) mix_columns<H, 1>(values, count, c, value_width - c, weights, out);
+}
+
+// Of `heads` queries [heads, key_width]; `taken` has room for HEADS of them as the products want them.
+template <class T>
+inline void attend(const T* queries, int heads, int key_width, const T* const* rows, int count, int value_at, int value_width,
+                   float scale, Part<T>* taken, Mixed& out) {
+    auto with = [&](auto size) {
+        take_queries<T, size>(queries, heads, key_width, taken);
+        attend_heads<T, size>(taken, key_width, rows, count, value_at, value_width, scale, out);
+    };
+    if (heads > 4) with(std::integral_constant<int, 8>());
+    else if (heads > 2) with(std::integral_constant<int, 4>());
+    else if (heads > 1) with(std::integral_constant<int, 2>());
+    else with(std::integral_constant<int, 1>());
 }
 
 }  // namespace glasklar

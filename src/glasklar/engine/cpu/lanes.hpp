@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -38,18 +38,24 @@ inline Floats load(const bf16* p) {
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
+#if defined(__FMA__) && !defined(__AVX512F__)
+typedef float Eight __attribute__((vector_size(32)));
+inline Eight low(Floats v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline Eight high(Floats v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline Eight fma(Eight a, Eight b, Eight c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats fma(Floats a, Floats b, Floats c) {
+    return __builtin_shufflevector(fma(low(a), low(b), low(c)), fma(high(a), high(b), high(c)), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+#else
 inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
     return reinterpret_cast<Floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
-#elif defined(__FMA__)
-    union { Floats all; __m256 half[2]; } x{a}, y{b}, z{c};
-    for (int i = 0; i < 2; ++i) z.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
-    return z.all;
 #else
     for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
 #endif
 }
+#endif
 
 inline float value(float x) { return x; }
 inline float value(bf16 x) {
@@ -69,12 +75,18 @@ inline bf16 narrow(float x) {
 inline void put(float* p, float x) { *p = x; }
 inline void put(bf16* p, float x) { *p = narrow(x); }
 
+// Sixteen values rounded as `narrow` does it; each the upper half of its word, the lower one 0.
+inline Words rounded(Floats v) {
+    Words w = reinterpret_cast<Words>(v), odd = w >> 16 & 1u;
+    return (v != v ? w | 0x400000u : w + odd + 0x7fffu) & 0xffff0000u;
+}
 inline void store(bf16* p, Floats v) {
 #if defined(__AVX512BF16__)
     __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
     std::memcpy(p, &h, sizeof h);
 #else
-    for (int i = 0; i < LANES; ++i) p[i] = narrow(v[i]);
+    Halves h = __builtin_convertvector(rounded(v) >> 16, Halves);
+    std::memcpy(p, &h, sizeof h);
 #endif
 }
 
@@ -111,45 +123,61 @@ inline Floats exp(Floats x) {
 inline float exp1(float x) { return exp(spread(x))[0]; }
 inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
 
-// a . b of bf16 pairs added to c: the odd products first, each fused, as the instruction does it.
-inline Floats dot_pairs(Floats c, Words a, Words b) {
+// Sixteen pairs of bf16, as products want them: a word for each pair, or all first ones and all second ones as floats.
+// `Narrow` is how activations that meet them are kept: rounded to bf16 either way.
+#if defined(__AVX512BF16__)
+typedef Words Pairs;
+typedef bf16 Narrow;
+inline Pairs pairs(Words w) { return w; }
+inline Pairs spread_pair(const Narrow* p) {
+    uint32_t pair;
+    std::memcpy(&pair, p, 4);
+    return Words{} + pair;
+}
+inline void store_narrow(Narrow* p, Floats v) { store(p, v); }
+// Two rows of 32 values, made pairs of a column: the even columns, then the odd ones.
+inline void pair_rows(Words a, Words b, Pairs& even, Pairs& odd) {
+    even = (a & 0xffffu) | b << 16;
+    odd = a >> 16 | (b & 0xffff0000u);
+}
+#else
+struct Pairs {
+    Floats first, second;
+};
+typedef float Narrow;
+inline Pairs pairs(Words w) { return {reinterpret_cast<Floats>(w << 16), reinterpret_cast<Floats>(w & 0xffff0000u)}; }
+inline Pairs spread_pair(const Narrow* p) { return {spread(p[0]), spread(p[1])}; }
+inline void store_narrow(Narrow* p, Floats v) { store(p, reinterpret_cast<Floats>(rounded(v))); }
+inline void pair_rows(Words a, Words b, Pairs& even, Pairs& odd) {
+    even = {reinterpret_cast<Floats>(a << 16), reinterpret_cast<Floats>(b << 16)};
+    odd = {reinterpret_cast<Floats>(a & 0xffff0000u), reinterpret_cast<Floats>(b & 0xffff0000u)};
+}
+#endif
+
+// a . b of pairs added to c: the second products first, each fused, as the instruction does it.
+inline Floats dot_pairs(Floats c, const Pairs& a, const Pairs& b) {
 #if defined(__AVX512BF16__)
     return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 #else
-    c = fma(reinterpret_cast<Floats>(a & 0xffff0000u), reinterpret_cast<Floats>(b & 0xffff0000u), c);
-    return fma(reinterpret_cast<Floats>(a << 16), reinterpret_cast<Floats>(b << 16), c);
+    return fma(a.first, b.first, fma(a.second, b.second, c));
 #endif
 }
 
-// Sixteen sums of four products u8 * s8 each, added to c. `Largest` bounds the unsigned side.
-template <int Largest>
-inline Ints dot_bytes(Ints c, Words u, Words s) {
-#if defined(__AVX512VNNI__)
-    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(c), reinterpret_cast<__m512i>(u), reinterpret_cast<__m512i>(s)));
-#elif defined(__AVX2__)
-    union { Words all; __m256i half[2]; } x{u}, y{s};
-    union { Ints all; __m256i half[2]; } z{c};
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (int i = 0; i < 2; ++i) {
-        if constexpr (Largest * 127 * 2 < 32768) {
-            z.half[i] = _mm256_add_epi32(z.half[i], _mm256_madd_epi16(_mm256_maddubs_epi16(x.half[i], y.half[i]), ones));
-        } else {  // pairs would overflow 16 bits: even and odd bytes apart
-            const __m256i low = _mm256_set1_epi16(255);
-            __m256i even = _mm256_maddubs_epi16(_mm256_and_si256(x.half[i], low), y.half[i]);
-            __m256i odd = _mm256_maddubs_epi16(_mm256_andnot_si256(low, x.half[i]), y.half[i]);
-            z.half[i] = _mm256_add_epi32(z.half[i], _mm256_add_epi32(_mm256_madd_epi16(even, ones), _mm256_madd_epi16(odd, ones)));
-        }
-    }
-    return z.all;
+// While it lives, numbers below the normal ones count as zero, as the instruction for pairs always has it.
+class FlushTiny {
+#if defined(__x86_64__)
+   public:
+    FlushTiny() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    ~FlushTiny() { _mm_setcsr(before_); }
+    FlushTiny(const FlushTiny&) = delete;
+
+   private:
+    unsigned before_;
 #else
-    uint8_t a[64];
-    int8_t b[64];
-    std::memcpy(a, &u, 64);
-    std::memcpy(b, &s, 64);
-    for (int i = 0; i < 64; ++i) c[i / 4] += int(a[i]) * b[i];
-    return c;
+   public:
+    FlushTiny() {}
 #endif
-}
+};
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 

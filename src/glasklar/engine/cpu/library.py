@@ -7,8 +7,8 @@ import functools
 import importlib.util
 from typing import Any
 
-# Fastest first, with the level of CPU that each needs (`glasklar_level`).
-VARIANTS = {"avx512": 2, "avx2": 1, "plain": 0}
+# Fastest first, with the level of CPU that each needs (`glasklar_tier`).
+VARIANTS = {"avx512": 3, "vnni": 2, "avx2": 1, "plain": 0}
 
 p, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -81,11 +81,12 @@ class Pass(Struct):
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "glasklar_level": (i32, []),
+    "glasklar_tier": (i32, []),
     "glasklar_network": (p, [p, p, p, p, p, p, i32]),
     "glasklar_free": (None, [p]),
     "glasklar_pass": (None, [p, p]),
     "glasklar_tile_bytes": (i64, [i32, i32]),
+    "glasklar_digest": (ctypes.c_uint64, [p, i64]),
     "glasklar_pack": (None, [i32, i32, p, i64, i32, i32, i32, i32, p]),
     "glasklar_unpack": (None, [p, i32, p]),
     "glasklar_multiply": (None, [p, i32, p, i32, p]),
@@ -97,7 +98,7 @@ def load(variant: str) -> ctypes.CDLL | None:
     """One build of the pass, or None where it was not compiled or this CPU cannot run it."""
     # The plain build tells what the CPU can do; opening another one is safe only after that.
     plain = _open("plain")
-    if plain is None or plain.glasklar_level() < VARIANTS[variant]:
+    if plain is None or plain.glasklar_tier() < VARIANTS[variant]:
         return None
     return _open(variant)
 

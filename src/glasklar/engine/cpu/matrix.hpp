@@ -16,7 +16,7 @@
 namespace glasklar {
 
 enum Kind { FLOAT = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
-constexpr int GROUP = 32, TILE = LANES;
+constexpr int GROUP = 32, TILE = LANES, AHEAD = 4096;
 
 inline int offset_of(int kind) { return kind == INT8 ? 128 : 8; }
 // Bytes of one tile over `inputs` inputs (rounded up to whole groups).
@@ -42,7 +42,7 @@ struct Matrix {
 // Activation rows as a kind of matrix wants them: floats, bf16, or int8 with a scale and the sum of each group.
 struct Rows {
     float* wide = nullptr;
-    bf16* narrow = nullptr;
+    Narrow* narrow = nullptr;
     int8_t* bytes = nullptr;
     float* scales = nullptr;
     int32_t* sums = nullptr;  // times -8: what int4's offset adds to a dot, taken back
@@ -60,8 +60,8 @@ inline void prepare_group(const float* x, const Rows& to, int64_t row, int group
         store(to.wide + place + LANES, b);
     }
     if (to.narrow) {
-        store(to.narrow + place, a);
-        store(to.narrow + place + LANES, b);
+        store_narrow(to.narrow + place, a);
+        store_narrow(to.narrow + place + LANES, b);
     }
     if (!to.bytes) return;
     // A row that is not finite must not become finite here: NaN and infinity end up in the scale.
@@ -112,10 +112,55 @@ inline Floats half_scales(const uint8_t* p) {
 #endif
 }
 
-inline Words four_bytes(const int8_t* p) {
+// A tile is multiplied by parts of as many outputs as a register has lanes.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr int PARTS = 2;
+#else
+constexpr int PARTS = 1;
+#endif
+constexpr int PART = LANES / PARTS;
+typedef float PartFloats __attribute__((vector_size(4 * PART)));
+typedef int32_t PartInts __attribute__((vector_size(4 * PART)));
+typedef uint32_t PartWords __attribute__((vector_size(4 * PART)));
+
+inline uint32_t four_bytes(const int8_t* p) {
     uint32_t w;
     std::memcpy(&w, p, 4);
-    return Words{} + w;
+    return w;
+}
+
+// Dots of a group's eight quads of weights (with their offset) with 32 activations, the offset taken back: `sum` is -8 times
+// the sum of the activations.
+template <int KIND>
+inline PartInts dot_group(const PartWords* w, const int8_t* x, int32_t sum) {
+#if defined(__AVX512VNNI__)
+    PartInts dot = PartInts{} + (KIND == INT4 ? sum : sum * 16);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+        dot = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(dot), reinterpret_cast<__m512i>(w[i]), _mm512_set1_epi32(int(four_bytes(x + 4 * i)))));
+    return dot;
+#elif defined(__AVX2__)
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i dot = _mm256_set1_epi32(KIND == INT4 ? sum : 0), pairs = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        const __m256i quad = reinterpret_cast<__m256i>(w[i]), four = _mm256_set1_epi32(int(four_bytes(x + 4 * i)));
+        // Eight pairs of 15 * 127 + 15 * 127 stay within 16 bits. Of int8 the offset is taken off first, and the sign of
+        // the activations moved over: 127 * 127 + 127 * 127 do too.
+        if constexpr (KIND == INT4) {
+            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(quad, four));
+        } else {
+            const __m256i plain = _mm256_xor_si256(quad, _mm256_set1_epi8(-128));
+            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(four), _mm256_sign_epi8(plain, four)), ones));
+        }
+    }
+    if constexpr (KIND == INT4) dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
+    return reinterpret_cast<PartInts>(dot);
+#else
+    PartInts dot = PartInts{} + (KIND == INT4 ? sum : sum * 16);
+    for (int i = 0; i < GROUP; ++i) dot += reinterpret_cast<PartInts>(w[i / 4] >> i % 4 * 8 & 255u) * int32_t(x[i]);
+    return dot;
+#endif
 }
 
 // Products of one tile with M rows of activations, which may be wider than the matrix: total[m][lane].
@@ -131,39 +176,39 @@ struct Products {
             bytes[m] = a.bytes + rows[m] * a.width;
             scales[m] = a.scales + rows[m] * a.groups();
             sums[m] = a.sums + rows[m] * a.groups();
-            total[m] = Floats{};
         }
-        if (four_bits) each_group<INT4>(tile, groups, bytes, scales, sums);
-        else each_group<INT8>(tile, groups, bytes, scales, sums);
+        for (int part = 0; part < PARTS; ++part) {
+            if (four_bits) each_group<INT4>(tile, part, groups, bytes, scales, sums);
+            else each_group<INT8>(tile, part, groups, bytes, scales, sums);
+        }
     }
 
     template <int KIND>
-    void each_group(const uint8_t* tile, int groups, const int8_t* const* bytes, const float* const* scales, const int32_t* const* sums) {
-        constexpr int SIZE = KIND == INT4 ? 288 : 544, SHIFT = KIND == INT4 ? 0 : 4;
+    void each_group(const uint8_t* tile, int part, int groups, const int8_t* const* bytes, const float* const* scales, const int32_t* const* sums) {
+        constexpr int SIZE = KIND == INT4 ? 288 : 544;
+        const int place = part * 4 * PART;
+        PartFloats all[M] = {};
         for (int g = 0; g < groups; ++g, tile += SIZE) {
-            // With few rows the processor's own prefetching keeps up; with more, the next lines must be asked for early.
-            if constexpr (M >= 4)
-                for (int i = 0; i < SIZE; i += 64) __builtin_prefetch(tile + 4096 + i);
-            Words w[8];
+            // The processor's own prefetching ends with each page; measured, some kilobytes ahead reach the rate of a plain read.
+            for (int i = 0; i < SIZE; i += 64) __builtin_prefetch(tile + AHEAD + i);
+            PartWords w[8];
             if constexpr (KIND == INT4) {
                 for (int i = 0; i < 4; ++i) {
-                    Words both = load_as<Words>(tile + 64 * i);
+                    PartWords both = load_as<PartWords>(tile + 64 * i + place);
                     w[i] = both & 0x0f0f0f0fu;
                     w[i + 4] = both >> 4 & 0x0f0f0f0fu;
                 }
             } else {
-                for (int i = 0; i < 8; ++i) w[i] = load_as<Words>(tile + 64 * i);
+                for (int i = 0; i < 8; ++i) w[i] = load_as<PartWords>(tile + 64 * i + place);
             }
-            Floats scale = half_scales(tile + SIZE - 32);
-#pragma GCC unroll 16
+            const Floats every = half_scales(tile + SIZE - 32);
+            const PartFloats scale = load_as<PartFloats>(reinterpret_cast<const uint8_t*>(&every) + place);
             for (int m = 0; m < M; ++m) {
-                Ints dot = Ints{} + (sums[m][g] << SHIFT);
-                const int8_t* x = bytes[m] + g * GROUP;
-#pragma GCC unroll 8
-                for (int i = 0; i < 8; ++i) dot = dot_bytes<KIND == INT4 ? 15 : 255>(dot, w[i], four_bytes(x + 4 * i));
-                total[m] = fma(__builtin_convertvector(dot, Floats), scale * scales[m][g], total[m]);
+                PartInts dot = dot_group<KIND>(w, bytes[m] + g * GROUP, sums[m][g]);
+                all[m] = fma(__builtin_convertvector(dot, PartFloats), scale * scales[m][g], all[m]);
             }
         }
+        for (int m = 0; m < M; ++m) std::memcpy(reinterpret_cast<uint8_t*>(total + m) + place, all + m, sizeof all[m]);
     }
 
     // Even and odd steps apart: two chains of sums hide the latency when there are few rows.
@@ -173,6 +218,7 @@ struct Products {
         const float* w = reinterpret_cast<const float*>(tile);
         for (int k = 0; k < groups * GROUP; k += 2, w += 2 * TILE) {
             Floats w0 = load(w), w1 = load(w + TILE);
+            __builtin_prefetch(w + AHEAD / 4), __builtin_prefetch(w + AHEAD / 4 + TILE);
             for (int m = 0; m < M; ++m) {
                 const float* x = a.wide + rows[m] * a.width + k;
                 total[m] = fma(w0, spread(x[0]), total[m]);
@@ -186,42 +232,48 @@ struct Products {
         Floats odd[M] = {};
         for (int m = 0; m < M; ++m) total[m] = Floats{};
         for (int k = 0; k < groups * GROUP; k += 4, tile += 128) {
-            Words w0 = load_as<Words>(tile), w1 = load_as<Words>(tile + 64);
+            const Pairs w0 = pairs(load_as<Words>(tile)), w1 = pairs(load_as<Words>(tile + 64));
+            __builtin_prefetch(tile + AHEAD), __builtin_prefetch(tile + AHEAD + 64);
             for (int m = 0; m < M; ++m) {
-                uint32_t pair[2];
-                std::memcpy(pair, a.narrow + rows[m] * a.width + k, 8);
-                total[m] = dot_pairs(total[m], w0, Words{} + pair[0]);
-                odd[m] = dot_pairs(odd[m], w1, Words{} + pair[1]);
+                const Narrow* x = a.narrow + rows[m] * a.width + k;
+                total[m] = dot_pairs(total[m], w0, spread_pair(x));
+                odd[m] = dot_pairs(odd[m], w1, spread_pair(x + 2));
             }
         }
         for (int m = 0; m < M; ++m) total[m] += odd[m];
     }
 };
 
-template <int M, class Emit>
-inline void multiply_block(const Matrix& w, const uint8_t* tile, const Rows& a, const int64_t* rows, int first, Emit& emit) {
+// Out of line: one copy of each product serves all callers.
+template <int M>
+__attribute__((noinline)) void multiply_rows(const Matrix& w, const uint8_t* tile, const Rows& a, const int64_t* rows, Floats* out) {
     Products<M> p;
     if (w.kind >= INT8) p.quantised(tile, w.kind == INT4, w.groups(), a, rows);
     else if (w.kind == BF16) p.halves(tile, w.groups(), a, rows);
     else p.floats(tile, w.groups(), a, rows);
-    for (int m = 0; m < M; ++m) emit(first + m, p.total[m]);
+    std::memcpy(out, p.total, sizeof p.total);
 }
 
-// emit(i, outputs 16t .. 16t+15) for the activation rows rows[0..count), bias added.
+// emit(i, outputs 16t .. 16t+15) for the activation rows rows[0..count), bias added; as many rows at a time as the registers
+// hold sums for.
 template <class Emit>
 inline void multiply(const Matrix& w, int copy, int t, const Rows& a, const int64_t* rows, int count, Emit emit) {
     const uint8_t* tile = w.tile(copy, t);
-    Floats bias{};
+    Floats bias{}, out[16];
     if (w.bias)
         for (int i = 0; i < std::min(TILE, w.outputs - t * TILE); ++i) bias[i] = w.bias[int64_t(copy) * w.outputs + t * TILE + i];
-    auto add = [&](int i, Floats v) { emit(i, w.bias ? v + bias : v); };
-    int i = 0;
-    if (w.kind >= INT8)
-        for (; i + 16 <= count; i += 16) multiply_block<16>(w, tile, a, rows + i, i, add);
-    for (; i + 8 <= count; i += 8) multiply_block<8>(w, tile, a, rows + i, i, add);
-    for (; i + 4 <= count; i += 4) multiply_block<4>(w, tile, a, rows + i, i, add);
-    for (; i + 2 <= count; i += 2) multiply_block<2>(w, tile, a, rows + i, i, add);
-    if (i < count) multiply_block<1>(w, tile, a, rows + i, i, add);
+    for (int i = 0, done; i < count; i += done) {
+        const int left = count - i;
+#if defined(__AVX512F__)
+        if (left >= 16 && w.kind >= INT8) multiply_rows<16>(w, tile, a, rows + i, out), done = 16;
+        else if (left >= 8) multiply_rows<8>(w, tile, a, rows + i, out), done = 8;
+        else
+#endif
+        if (left >= 4) multiply_rows<4>(w, tile, a, rows + i, out), done = 4;
+        else if (left >= 2) multiply_rows<2>(w, tile, a, rows + i, out), done = 2;
+        else multiply_rows<1>(w, tile, a, rows + i, out), done = 1;
+        for (int m = 0; m < done; ++m) emit(i + m, w.bias ? out[m] + bias : out[m]);
+    }
 }
 
 }  // namespace glasklar

@@ -66,7 +66,8 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
     for (Scratch& s : scratch_) {
         s.products.resize(4 * 64 * TILE);
         s.row.resize(round_up(std::max(padded_, mixed_width()), GROUP));
-        s.values.resize(2 * HEADS * round_up(mixed_width(), LANES));
+        s.values.resize((TOKENS + 1) * HEADS * round_up(mixed_width(), GROUP));
+        s.queries.resize(HEADS * round_up(key_width(), GROUP) / LANES);
     }
 }
 
@@ -77,15 +78,26 @@ void Network::run(const Pass& pass) {
     for (int t = 0; t < pass.tokens; ++t) longest = std::max(longest, pass.positions[t] + 1);
     // Few queries over many keys: the spans of a query are shared among the threads.
     spans_ = pass.tokens * blocks < 8 && longest > SPAN ? (longest + SPAN - 1) / SPAN : 0;
+    // Tokens that follow each other share the rows that a task has in its near cache.
+    const int together = spans_ ? 1 : std::min(TOKENS, std::max(1, pass.tokens * blocks / 16));
+    queries_.clear();
+    for (int t = 0; t < pass.tokens; ++t) {
+        const bool next = t && pass.sequences[t] == pass.sequences[t - 1] && pass.positions[t] == pass.positions[t - 1] + 1;
+        if (next && queries_.back().count < together) ++queries_.back().count;
+        else queries_.push_back({t, 1});
+    }
     if (spans_) {
-        const int width = round_up(mixed_width(), LANES);
+        const int width = round_up(mixed_width(), GROUP);
         const int64_t all = int64_t(pass.tokens) * blocks * spans_;
         if (int64_t(span_.size()) < all) span_.resize(all), span_values_.resize(all * HEADS * width);
         for (int64_t i = 0; i < all; ++i) span_[i].values = &span_values_[i * HEADS * width], span_[i].width = width;
     }
     const bool alone = double(pass.tokens) * (pass.states ? draft_bytes_ : active_bytes_) < 2e6;
     // Which phases there are is settled here: a straggler may look at `pass_` when the next pass has begun.
-    auto body_of = [this, drafting = pass.states != nullptr](Worker& me) { shape_.float_cache ? body<float>(me, drafting) : body<bf16>(me, drafting); };
+    auto body_of = [this, drafting = pass.states != nullptr](Worker& me) {
+        FlushTiny tiny;
+        shape_.float_cache ? body<float>(me, drafting) : body<bf16>(me, drafting);
+    };
     pool_.run(std::max(shape_.layers, 2) * 16 + 8, alone, body_of);
 }
 
@@ -224,7 +236,7 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
                       for (int j = 0; j < TILE && column + j < s.latent; ++j) put(query + (int64_t(t) * H + h) * KEY + column + j, v[j]);
                   });
         });
-    me.parallel([&] { return pass_.tokens * s.attention_tasks() * std::max(1, spans_); }, [&](int i) { attend_task<T>(me, layer, index, i); });
+    me.parallel([&] { return int(queries_.size()) * s.attention_tasks() * std::max(1, spans_); }, [&](int i) { attend_task<T>(me, layer, index, i); });
     me.parallel(tokens, [&](int t) {
         if (spans_) join_spans(layer, t);
         if (!latent()) return;
@@ -273,35 +285,58 @@ void Network::store_keys(const Layer& layer, int index, int token) {
     }
 }
 
-// One query token, up to eight heads, and one span or all of them.
+// The rows of positions [from, to) of a token's sequence.
+template <class T>
+void Network::cache_rows(int layer, int token, int from, int to, int offset, const T** rows) const {
+    for (int p = from; p < to;) {
+        const T* row = cache_row<T>(layer, token, p) + offset;
+        for (const int end = std::min(to, (p / shape_.page + 1) * shape_.page); p < end; ++p, row += cache_width()) *rows++ = row;
+    }
+}
+
+// A few tokens of one sequence, up to eight heads, and one span or all of them.
 template <class T>
 void Network::attend_task(Worker& me, const Layer& layer, int index, int task) {
     const Shape& s = shape_;
-    const int blocks = s.attention_tasks(), span = spans_ ? task % spans_ : 0, pair = spans_ ? task / spans_ : task;
-    const int t = pair / blocks, block = pair % blocks, groups = latent() ? 1 : s.kv_heads, shared = s.heads / groups;
-    const int each = blocks / groups, group = block / each, head = group * shared + block % each * HEADS;
-    const int heads = std::min(HEADS, group * shared + shared - head), end = pass_.positions[t] + 1;
-    const int begin = layer.window ? std::max(0, end - layer.window) : 0;
-    const int KEY = key_width(), value_at = latent() ? 0 : KEY;
+    const int blocks = s.attention_tasks(), block = task % blocks, span = spans_ ? task / blocks % spans_ : 0;
+    const Query& some = queries_[task / blocks / std::max(1, spans_)];
+    const int groups = latent() ? 1 : s.kv_heads, shared = s.heads / groups, each = blocks / groups, group = block / each;
+    const int head = group * shared + block % each * HEADS, heads = std::min(HEADS, group * shared + shared - head);
+    const int KEY = key_width(), value_at = latent() ? 0 : KEY, width = round_up(mixed_width(), GROUP);
     const T* query = reinterpret_cast<const T*>(s.float_cache ? static_cast<const void*>(wide_query_.data()) : static_cast<const void*>(narrow_query_.data()));
-    query += (int64_t(t) * s.heads + head) * KEY;
-    const T* rows[SPAN];
-    auto one = [&](int first, Mixed& out) {
-        const int from = std::max(first, begin), to = std::min(first + SPAN, end);
-        for (int p = from; p < to; ++p) rows[p - from] = cache_row<T>(index, t, p) + (latent() ? 0 : group * (KEY + s.value));
-        if (from < to) attend(query, heads, KEY, rows, to - from, value_at, mixed_width(), s.softmax_scale, out);
-        else out.clear();
-    };
-    if (spans_) return one(span * SPAN, span_[task]);
     Scratch& scratch = scratch_[me.thread()];
-    const int width = round_up(mixed_width(), LANES);
-    Mixed all{{}, {}, scratch.values.data(), width}, next{{}, {}, scratch.values.data() + HEADS * width, width};
-    begin_mix(layer, head, heads, all);
-    for (int first = begin / SPAN * SPAN; first < end; first += SPAN) {
-        one(first, next);
-        all.join(next, heads);
+    auto begin = [&](int t) { return layer.window ? std::max(0, pass_.positions[t] + 1 - layer.window) : 0; };
+    auto end = [&](int t) { return pass_.positions[t] + 1; };
+    const T* rows[SPAN];
+    // The span that begins at `first`, for token t of those whose rows begin at `at`; whether it has any keys.
+    auto one = [&](int t, int first, int at, Mixed& out) {
+        const int from = std::max(first, begin(t)), to = std::min(first + SPAN, end(t));
+        if (from >= to) return false;
+        attend(query + (int64_t(t) * s.heads + head) * KEY, heads, KEY, rows + from - at, to - from, value_at, mixed_width(), s.softmax_scale,
+               reinterpret_cast<Part<T>*>(scratch.queries.data()), out);
+        return true;
+    };
+    const int last = some.first + some.count - 1, offset = latent() ? 0 : group * (KEY + s.value);
+    auto take_rows = [&](int first) {
+        const int from = std::max(first, begin(some.first)), to = std::min(first + SPAN, end(last));
+        cache_rows<T>(index, last, from, to, offset, rows);
+        return from;
+    };
+    if (spans_) {
+        if (!one(last, span * SPAN, take_rows(span * SPAN), span_[task])) span_[task].clear();
+        return;
     }
-    finish_mix(all, t, head, heads);
+    Mixed all[TOKENS], next{{}, {}, scratch.values.data() + TOKENS * HEADS * width, width};
+    for (int i = 0; i < some.count; ++i) {
+        all[i].values = scratch.values.data() + i * HEADS * width, all[i].width = width;
+        begin_mix(layer, head, heads, all[i]);
+    }
+    for (int first = begin(some.first) / SPAN * SPAN; first < end(last); first += SPAN) {
+        const int at = take_rows(first);
+        for (int i = 0; i < some.count; ++i)
+            if (one(some.first + i, first, at, next)) all[i].join(next, heads);
+    }
+    for (int i = 0; i < some.count; ++i) finish_mix(all[i], some.first + i, head, heads);
 }
 
 void Network::begin_mix(const Layer& layer, int head, int heads, Mixed& all) const {
@@ -320,11 +355,11 @@ void Network::join_spans(const Layer& layer, int token) {
     const int end = pass_.positions[token] + 1, begin = layer.window ? std::max(0, end - layer.window) : 0;
     for (int block = 0; block < blocks; ++block) {
         const int group = block / each, head = group * shared + block % each * HEADS, heads = std::min(HEADS, group * shared + shared - head);
-        const int width = round_up(mixed_width(), LANES);
+        const int width = round_up(mixed_width(), GROUP);
         Buffer<float> values(HEADS * width);
         Mixed all{{}, {}, values.data(), width};
         begin_mix(layer, head, heads, all);
-        for (int span = begin / SPAN; span * SPAN < end; ++span) all.join(span_[(token * blocks + block) * spans_ + span], heads);
+        for (int span = begin / SPAN; span * SPAN < end; ++span) all.join(span_[(token * spans_ + span) * blocks + block], heads);
         finish_mix(all, token, head, heads);
     }
 }
@@ -489,14 +524,14 @@ using namespace glasklar;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// 2 if this CPU runs the AVX-512 build (VNNI, BF16), 1 for AVX2, 0 otherwise.
-EXPORT int glasklar_level() {
+// The fastest build that this CPU runs: 3 for AVX-512 with VNNI and BF16, 2 for AVX-512 with VNNI, 1 for AVX2, 0 for plain C++.
+EXPORT int glasklar_tier() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni");
+    if (wide) return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")) return 1;
 #endif
     return 0;
 }
@@ -509,6 +544,28 @@ EXPORT void glasklar_free(Network* network) { delete network; }
 EXPORT void glasklar_pass(Network* network, const Pass* pass) { network->run(*pass); }
 
 EXPORT int64_t glasklar_tile_bytes(int kind, int inputs) { return tile_bytes(kind, inputs); }
+
+// A number that any damage to the bytes changes: finds bad disks and half-written files, at the speed of memory.
+EXPORT uint64_t glasklar_digest(const uint8_t* data, int64_t size) {
+    typedef uint64_t Longs __attribute__((vector_size(64)));
+    Longs state = {0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb, 0xd6e8feb86659fd93,
+                   0xa0761d6478bd642f, 0xe7037ed1a0b428db, 0x8ebc6af09c88c6e3, 0x589965cc75374cc3};
+    auto take = [&](const uint8_t* p) {
+        const Longs w = load_as<Longs>(p), mixed = w ^ state;
+        state = (state << 7 | state >> 57) + w + (mixed & 0xffffffff) * (mixed >> 32);
+    };
+    int64_t at = 0;
+    for (; at + 64 <= size; at += 64) take(data + at);
+    uint8_t rest[64] = {};
+    std::memcpy(rest, data + at, size - at);
+    take(rest);
+    uint64_t digest = uint64_t(size);
+    for (int i = 0; i < 8; ++i) {
+        digest = (digest ^ state[i]) * 0x9fb21c651e98df25;
+        digest ^= digest >> 31;
+    }
+    return digest;
+}
 
 // Tiles [first, last) of one matrix; `narrow`: the source is bf16, else float.
 EXPORT void glasklar_pack(int kind, int narrow, const void* source, int64_t stride, int outputs, int inputs, int first, int last, uint8_t* to) {
@@ -525,6 +582,7 @@ EXPORT void glasklar_unpack(const Matrix* w, int copy, float* to) {
 
 // y [rows, outputs rounded up to 16] = x [rows, inputs rounded up to 32] times the matrix, as the pass multiplies; for tests and benches.
 EXPORT void glasklar_multiply(const Matrix* w, int copy, const float* x, int rows, float* y) {
+    FlushTiny tiny;
     Prepared in;
     in.want(w->kind);
     in.reserve(rows, w->inputs);

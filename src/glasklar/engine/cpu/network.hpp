@@ -72,7 +72,7 @@ using Buffer = std::vector<T>;
 // Rows of activations in the forms that some matrices ask for.
 struct Prepared {
     Buffer<float> wide;
-    Buffer<bf16> narrow;
+    Buffer<Narrow> narrow;
     Buffer<int8_t> bytes;
     Buffer<float> scales;
     Buffer<int32_t> sums;
@@ -103,8 +103,12 @@ class Network {
     int padded_vocabulary() const { return head_.tiles() * TILE; }
 
    private:
+    struct alignas(64) Line {
+        uint8_t bytes[64];
+    };
     struct Scratch {
         Buffer<float> products, row, values;
+        Buffer<Line> queries;  // a block of heads as the products want them: two floats a value at most
     };
     bool latent() const { return shape_.latent > 0; }
     int key_width() const { return latent() ? shape_.latent + shape_.rope : shape_.nope + shape_.rope; }
@@ -118,6 +122,7 @@ class Network {
     template <class T> void store_latents(const Layer& layer, int index, int token);
     template <class T> void store_keys(const Layer& layer, int index, int token);
     template <class T> void attend_task(Worker& me, const Layer& layer, int index, int task);
+    template <class T> void cache_rows(int layer, int token, int from, int to, int offset, const T** rows) const;
     template <class T> const T* cache_row(int layer, int token, int position) const {
         const int page = pass_.tables[pass_.sequences[token]][position / shape_.page];
         const uint8_t* rows = pass_.cache + layer * pass_.layer_stride;
@@ -163,6 +168,12 @@ class Network {
     Buffer<bf16> narrow_query_;
     Buffer<float> wide_query_, span_values_;
     Buffer<Mixed> span_;
+    // Tokens first .. first + count - 1 of the pass follow each other in one sequence.
+    struct Query {
+        int32_t first, count;
+    };
+    static constexpr int TOKENS = 8;
+    Buffer<Query> queries_;
     Prepared join_in_, in_, q_in_, nope_in_, mixed_in_, out_in_, feed_in_, hidden_in_, expert_in_, head_in_;
     Buffer<int64_t> every_, by_head_, expert_rows_, expert_tokens_, expert_slots_;
     Buffer<int32_t> chosen_, expert_start_, busy_;
