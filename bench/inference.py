@@ -1,6 +1,6 @@
 """Speed of the engine on this CPU beside llama.cpp, on the same random weights at equal bits.
 
-    python bench/inference.py                                 # every row, whole networks: 30 minutes, 20 GB of disk
+    python bench/inference.py                                 # every row, whole networks: an hour, 40 GB of disk
     python bench/inference.py --layers 9                      # of the large shapes only that many layers
     python bench/inference.py --shape v2-lite --figure decode --json
 
@@ -8,10 +8,11 @@ llama.cpp comes from the package llama-cpp-python (compiled by pip, once); --pee
 installed into. Both sides have all threads and take turns within each round, so that a busy machine slows both;
 figures are medians, ratios medians of ratios within a round. All layers of a kind hold the same random values, each a
 copy of its own: the traffic of a real model. A file has the bits that we use: 4 (Q4_0) or 8 (Q8_0) with a scale for 32
-values, 8 in the head and the absorbed projections.
+values, 8 in the head and the absorbed projections. --keep DIR keeps both sides' files for the next time.
 
-Beside decoding stands the share of the read bandwidth, measured in the same minute: bytes of the weights that a token
-passes over what the memory gives to a plain sum. Beside prefill: its rate of products over that of a large bf16 one.
+Beside decoding stands the share of the read bandwidth, measured in the same minute: bytes that a token passes (weights,
+and its cache) over what the memory gives to a plain sum. Beside prefill: its rate of products over that of a large bf16
+one. Start and memory are those of a process of its own (shared/probe.py), with the files in the system's page cache.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import ctypes
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,50 +30,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.pop(0)  # this folder, in which a file called gguf hides the package of that name
+# In place of this folder, in which a file called gguf hides the package of that name.
+sys.path[0] = str(Path(__file__).parent / "shared")
 
-from glasklar import runtime
+from glasklar import runtime  # noqa: E402
 
 THREADS = runtime.prepare()
 
-import gguf  # noqa: E402
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from random_model import Files  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from glasklar.convert.gguf_metadata import architecture, metadata  # noqa: E402
-from glasklar.convert.gguf_tensors import Entry, entries  # noqa: E402
-from glasklar.engine.cpu import library  # noqa: E402
-from glasklar.engine.native import NativeNetwork  # noqa: E402
-from glasklar.engine.packed import KINDS, PackedMatrix, PackedModel, Packer, pack  # noqa: E402
-from glasklar.model.checkpoint import hf_tensors  # noqa: E402
-from glasklar.model.config import ModelConfig  # noqa: E402
-from glasklar.model.init import build, initialise  # noqa: E402
-from glasklar.model.shapes import load_shape  # noqa: E402
-from glasklar.recipe import load_recipe  # noqa: E402
-
-PAGE, PASS_TOKENS = 16, 512
-SAME_BITS = {"int4": gguf.GGMLQuantizationType.Q4_0, "int8": gguf.GGMLQuantizationType.Q8_0,
-             "bfloat16": gguf.GGMLQuantizationType.BF16}  # fmt: skip
-FINE = ("output.weight", "token_embd.weight", "attn_k_b.weight", "attn_v_b.weight")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What is measured: `tokens` of `rows` sequences after `context` tokens each; asked for and aimed at."""
-
-    name: str
-    rows: int
-    context: int
-    tokens: int  # of a sequence in one pass
-    floor: float
-    goal: float
-
-    @property
-    def total(self) -> int:
-        return self.rows * self.tokens
+from sides import Figure, Ours, Peer, open_llama  # noqa: E402
 
 
 def decode(context: int, floor: float, goal: float) -> Figure:
@@ -96,10 +66,13 @@ CASES: dict[tuple[str, str], list[Figure]] = {
     ("spark", "bfloat16"): [batch(1, 1, 2), batch(32, 2, 5)],
 }
 
+START, MEMORY, ALONE, BUSY = "start to first token", "peak memory", "decode, context 0", "decode beside a busy process"
+
 
 @dataclass
 class Row:
-    """A line of the table: tokens a second of both sides; `limit`: our share of what the machine gives."""
+    """A line of the table. ours, peer: tokens a second, seconds or GB, as `unit` says; `ratio`: how many times better
+    we are; `limit`: our share of what the machine gives, or beside a busy process of our own speed without it."""
 
     shape: str
     bits: str
@@ -109,206 +82,9 @@ class Row:
     ratio: float
     floor: float
     goal: float
-    limit: float | None
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-class RandomWeights:
-    """One dense and one expert layer of random weights, which stand for all layers of their kind."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.kinds = sorted({config.is_moe_layer(i) for i in range(config.num_hidden_layers)})
-        dense = 1 if config.is_moe and len(self.kinds) == 2 else 0
-        small = config.replace(num_hidden_layers=len(self.kinds), num_nextn_predict_layers=0)
-        small = small.replace(first_k_dense_replace=dense) if config.is_moe else small
-        self.small = initialise(build(small, dtype=torch.bfloat16), 1).requires_grad_(False)
-        self.own = {**dict(self.small.named_parameters()), **dict(self.small.named_buffers())}
-
-    def get(self, name: str) -> Tensor:
-        """A tensor by our name."""
-        room, _, rest = name.partition(".")
-        if room != "layers":
-            return self.own[name]
-        index, _, inner = rest.partition(".")
-        return self.own[f"layers.{self._stand_in(int(index))}.{inner}"]
-
-    def _stand_in(self, layer: int) -> int:
-        return self.kinds.index(self.config.is_moe_layer(layer))
-
-    def entries(self) -> Iterator[tuple[str, Entry]]:
-        """Tensors of the GGUF file, each with the name of the one that holds its values."""
-        stands_for: dict[int, list[int]] = {}
-        for layer in range(self.config.num_hidden_layers):
-            stands_for.setdefault(self._stand_in(layer), []).append(layer)
-        for entry in entries(hf_tensors(self.small), self.small.config):
-            if not entry.name.startswith("blk."):
-                yield entry.name, entry
-                continue
-            _, index, inner = entry.name.split(".", 2)
-            for layer in stands_for[int(index)]:
-                name = f"blk.{layer}.{inner}"
-                yield entry.name, Entry(name=name, shape=entry.shape, make=entry.make, exact=entry.exact)
-
-
-def write_file(path: Path, weights: RandomWeights, bits: str) -> None:
-    """The peer's file."""
-    config = weights.config.replace(num_nextn_predict_layers=0)
-    writer = gguf.GGUFWriter(path, architecture(config))
-    writer.add_type(gguf.GGUFType.MODEL)
-    for key, value in {**metadata(config), "tokenizer.ggml.model": "none"}.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add[type(value)](key, value)
-    encoded: dict[str, tuple[np.ndarray, Any]] = {}
-    all_entries = sorted(weights.entries(), key=lambda pair: pair[0])
-    for source, entry in all_entries:
-        if source not in encoded:
-            encoded[source] = _encoded(entry, bits)
-        data, kind = encoded[source]
-        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), data.nbytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for source, _ in all_entries:
-        writer.write_tensor_data(encoded[source][0])
-    writer.close()
-
-
-def _encoded(entry: Entry, bits: str) -> tuple[np.ndarray, Any]:
-    tensor = entry.make().float().contiguous()
-    kind = SAME_BITS[bits]
-    if bits == "int4" and any(name in entry.name for name in FINE):
-        kind = gguf.GGMLQuantizationType.Q8_0
-    if entry.exact:
-        return tensor.numpy(), gguf.GGMLQuantizationType.F32
-    if kind == gguf.GGMLQuantizationType.BF16:
-        return tensor.bfloat16().view(torch.int16).numpy(), kind
-    return gguf.quants.quantize(tensor.numpy(), kind), kind
-
-
-# --- the two sides ----------------------------------------------------------------------------------------------------
-
-
-class Ours:
-    """The pass of our engine over packed weights."""
-
-    def __init__(self, weights: RandomWeights, bits: str, tokens: int) -> None:
-        compiled = library.best()
-        if compiled is None:
-            sys.exit("the C++ pass is not compiled here: install a compiler and the package again")
-        self.config = weights.config
-        self.model: PackedModel = pack(self.config, weights.get, Packer(compiled, KINDS[bits], THREADS))
-        self.network = NativeNetwork(compiled, self.model, threads=THREADS, page=PAGE, max_tokens=PASS_TOKENS)
-        self.cache = self.network.new_cache(-(-tokens // PAGE) + 1)
-        self.cache.normal_()
-        self.rng = np.random.default_rng(0)
-
-    def run(self, figure: Figure, turn: int) -> float:
-        """Seconds of one pass of the figure (or more, of 512 tokens each)."""
-        pages = self.cache.shape[1] // figure.rows
-        tables = np.arange(pages * figure.rows, dtype=np.int32).reshape(figure.rows, pages)
-        ids = self.rng.integers(0, self.config.vocab_size, figure.total).astype(np.int32)
-        begin = time.perf_counter()
-        if figure.rows > 1 or figure.tokens == 1:
-            position = np.full(figure.rows, figure.context + turn, np.int32)
-            self._pass(ids, position, np.arange(figure.rows, dtype=np.int32), tables, figure.rows)
-        else:
-            for first in range(0, figure.tokens, PASS_TOKENS):
-                part = np.arange(first, min(first + PASS_TOKENS, figure.tokens), dtype=np.int32)
-                self._pass(ids[part], part, np.zeros_like(part), tables, 1)
-        return time.perf_counter() - begin
-
-    def _pass(self, ids: Any, positions: Any, sequences: Any, tables: Any, outputs: int) -> None:
-        wanted = np.arange(len(ids) - outputs, len(ids), dtype=np.int32)
-        none = np.zeros(outputs)
-        self.network.run(self.cache, ids, positions, sequences, tables, wanted, none.astype(np.float32), none)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Weights that one token passes."""
-        c = self.config
-
-        def passed(name: str, matrix: PackedMatrix) -> int:
-            share = (c.num_experts_per_tok or 0) / matrix.copies if name.startswith("experts") else 1
-            return int(matrix.data.nbytes * share)
-
-        layers = sum(passed(name, matrix) for layer in self.model.layers for name, matrix in layer.matrices.items())
-        return layers + self.model.head.data.nbytes
-
-    @property
-    def products_per_token(self) -> int:
-        """Multiplications and additions of one token outside attention and head."""
-        per_value = {"int4": 18 / 32, "int8": 34 / 32, "bfloat16": 2.0}
-        head = self.model.head.data.nbytes
-        kind = next(k for k, v in KINDS.items() if v == self.model.layers[-1].matrices["out"].kind)
-        return int(2 * (self.bytes_per_token - head) / per_value[kind])
-
-
-class Peer:
-    """llama.cpp through its C interface."""
-
-    def __init__(self, llama: Any, path: Path, config: ModelConfig, tokens: int, rows: int, flash: int) -> None:
-        self.llama, self.config = llama, config
-        settings = llama.llama_model_default_params()
-        settings.n_gpu_layers = 0
-        self.model = llama.llama_model_load_from_file(str(path).encode(), settings)
-        context = llama.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = tokens, PASS_TOKENS, PASS_TOKENS
-        context.n_seq_max, context.n_threads, context.n_threads_batch = rows, THREADS, THREADS
-        context.flash_attn_type, context.kv_unified, context.no_perf = flash, False, True
-        self.context = llama.llama_init_from_model(self.model, context)
-        if not self.context:
-            raise RuntimeError("llama.cpp could not make a context")
-        self.memory = llama.llama_get_memory(self.context)
-        self.batch = llama.llama_batch_init(PASS_TOKENS, 0, rows)
-        self.rng = np.random.default_rng(0)
-        self.filled: tuple[int, int] = (0, 0)  # rows, context
-
-    def run(self, figure: Figure, turn: int) -> float:
-        """Seconds of one pass of the figure; the cache is filled up to its context before."""
-        self._fill(figure)
-        begin = time.perf_counter()
-        if figure.rows > 1 or figure.tokens == 1:
-            self._decode([(row, figure.context + turn) for row in range(figure.rows)], outputs=True)
-        else:
-            for first in range(0, figure.tokens, PASS_TOKENS):
-                last = min(first + PASS_TOKENS, figure.tokens)
-                self._decode([(0, position) for position in range(first, last)])
-        seconds = time.perf_counter() - begin
-        if figure.tokens > 1:
-            self.filled = (0, 0)
-        return seconds
-
-    def _fill(self, figure: Figure) -> None:
-        wanted = (figure.rows, figure.context)
-        if self.filled == wanted and figure.tokens == 1:
-            return
-        if figure.context < self.filled[1] or figure.rows != 1 or self.filled[0] != 1:
-            self.llama.llama_memory_clear(self.memory, True)
-            self.filled = (1, 0)
-        else:  # later tokens of the figure before
-            self.llama.llama_memory_seq_rm(self.memory, 0, self.filled[1], -1)
-        for first in range(self.filled[1], figure.context, PASS_TOKENS):
-            last = min(first + PASS_TOKENS, figure.context)
-            self._decode([(0, position) for position in range(first, last)])
-        self.filled = wanted
-
-    def _decode(self, tokens: list[tuple[int, int]], outputs: bool = False) -> None:
-        batch = self.batch
-        batch.n_tokens = len(tokens)
-        for i, (row, position) in enumerate(tokens):
-            batch.token[i] = int(self.rng.integers(0, self.config.vocab_size))
-            batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = position, 1, row
-            batch.logits[i] = outputs or i == len(tokens) - 1
-        if self.llama.llama_decode(self.context, batch):
-            raise RuntimeError("llama.cpp could not decode")
-
-    def close(self) -> None:
-        self.llama.llama_batch_free(self.batch)
-        self.llama.llama_free(self.context)
-        self.llama.llama_model_free(self.model)
+    limit: float | None = None
+    unit: str = "tok/s"
+    transformers: float | None = None
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -345,7 +121,7 @@ def measure(ours: Ours, peers: Mapping[str, Peer], figure: Figure, rounds: int) 
         pairs.append((mine, theirs))
         if turn % 4 == 2:
             if figure.tokens == 1:
-                shares.append(ours.bytes_per_token / mine / read_bandwidth())
+                shares.append(ours.bytes_per_token(figure.context) / mine / read_bandwidth())
             else:
                 shares.append(figure.total * ours.products_per_token / mine / product_rate())
     median = statistics.median
@@ -353,73 +129,127 @@ def measure(ours: Ours, peers: Mapping[str, Peer], figure: Figure, rounds: int) 
     return *speeds, median(t / m for m, t in pairs), median(shares)
 
 
-def config_of(shape: str, layers: int | None) -> ModelConfig:
-    if shape == "spark":
-        return load_recipe("spark").model.replace(max_position_embeddings=1024)
-    name = {"v2-lite": "deepseek-v2-lite"}.get(shape, shape)
-    config = load_shape(name).config
-    config = config.replace(num_hidden_layers=min(layers or config.num_hidden_layers, config.num_hidden_layers))
-    return config.replace(num_nextn_predict_layers=0, initializer_range=0.02)
+def busy_row(ours: Ours, peer: Peer, alone: Row, figure: Figure, rounds: int) -> Row:
+    """Decoding with another process that never sleeps: three threads want two cores, so two thirds are our share."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        mine, theirs, ratio, _ = measure(ours, {"": peer}, figure, 2 * rounds)
+    finally:
+        other.kill()
+        other.wait()
+    return Row(alone.shape, alone.bits, BUSY, mine, theirs, ratio, 1, 1, mine / alone.ours)
 
 
-def rows_of(llama: Any, shape: str, bits: str, figures: list[Figure], layers: int | None, rounds: int) -> Iterator[Row]:
-    config = config_of(shape, layers)
-    weights = RandomWeights(config)
-    tokens = max(f.rows * (f.context + f.tokens + rounds + 80) for f in figures)
+def start_rows(shape: str, bits: str, layers: int | None, files: Files, peer: Path | None) -> Iterator[Row]:
+    """Processes that load a model and make one token: seconds after the imports, seconds in all, and peak memory."""
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+    for _ in range(3):
+        for side, results in found.items():
+            command = [sys.executable, files.probe, side, "--shape", shape, "--bits", bits, "--folder", files.folder]
+            command += ["--layers", str(layers)] if layers else []
+            command += ["--peer", peer] if peer else []
+            begin = time.perf_counter()
+            made = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+            if made.returncode:
+                sys.exit(made.stderr)
+            results.append(json.loads(made.stdout) | {"process": time.perf_counter() - begin})
+    best = {side: {key: min(r[key] for r in results) for key in results[0]} for side, results in found.items()}
+    for key, name, unit in (("start", START, "s"), ("process", "whole process to first token", "s")):
+        mine, theirs = best["ours"][key], best["peer"][key]
+        yield Row(shape, bits, name, mine, theirs, theirs / mine, 5, 20, unit=unit)
+    weights = best["ours"]["weights"]
+    mine, theirs = best["ours"]["peak"], best["peer"]["peak"]
+    yield Row(shape, bits, f"{MEMORY} (weights {weights:.2f} GB)", mine, theirs, (weights + 1) / mine, 1, 1, unit="GB")
+
+
+def transformers_speeds(shape: str, layers: int | None) -> dict[str, float]:
+    """Tokens a second of transformers in bf16, by figure."""
+    command = [sys.executable, str(Files(Path(), shape, "bfloat16", layers).probe), "transformers", "--shape", shape]
+    made = subprocess.run(
+        command + (["--layers", str(layers)] if layers else []), capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        sys.exit(made.stderr)
+    return json.loads(made.stdout)
+
+
+def rows_of(
+    llama: Any, shape: str, bits: str, wanted: Callable[[str], bool], arguments: argparse.Namespace, folder: Path
+) -> Iterator[Row]:
+    layers, rounds = arguments.layers, arguments.rounds
+    files = Files(folder, shape, bits, layers)
+    files.make(THREADS)
+    if shape != "spark" and any(wanted(name) for name in (START, MEMORY)):
+        yield from (row for row in start_rows(shape, bits, layers, files, arguments.peer) if wanted(row.figure))
+    figures = [
+        figure for figure in CASES[shape, bits] if wanted(figure.name) or (figure.name == ALONE and wanted(BUSY))
+    ]
+    if not figures:
+        return
+    scale = transformers_speeds(shape, layers) if arguments.transformers else {}
+    tokens = max(f.rows * (f.context + f.tokens + 2 * rounds + 80) for f in figures)
     tokens = -(-tokens // 256) * 256
-    with tempfile.TemporaryDirectory(prefix="glasklar-bench-") as folder:
-        path = Path(folder) / "model.gguf"
-        write_file(path, weights, bits)
-        ours = Ours(weights, bits, tokens)
-        del weights
-        for rows in sorted({f.rows for f in figures}):
-            peers = {f"flash {flash}": Peer(llama, path, config, tokens, rows, flash) for flash in (0, 1)}
-            for figure in (f for f in figures if f.rows == rows):
-                mine, theirs, ratio, share = measure(ours, peers, figure, rounds)
-                limit = share if figure.rows == 1 and shape != "spark" else None
-                yield Row(shape, bits, figure.name, mine, theirs, ratio, figure.floor, figure.goal, limit)
-            for peer in peers.values():
-                peer.close()
+    ours = Ours(files, tokens, THREADS)
+    for rows in sorted({f.rows for f in figures}):
+        peers = {f"flash {flash}": Peer(llama, files, tokens, rows, flash, THREADS) for flash in (0, 1)}
+        for figure in (f for f in figures if f.rows == rows):
+            mine, theirs, ratio, share = measure(ours, peers, figure, rounds)
+            limit = share if figure.rows == 1 and shape != "spark" else None
+            row = Row(shape, bits, figure.name, mine, theirs, ratio, figure.floor, figure.goal, limit)
+            row.transformers = scale.get(figure.name)
+            yield row
+            if figure.name == ALONE and wanted(BUSY):
+                yield busy_row(ours, peers["flash 0"], row, figure, rounds)
+        for peer in peers.values():
+            peer.close()
 
 
 def show(rows: list[Row]) -> None:
-    table = Table("shape", "bits", "figure", "ours tok/s", "llama.cpp", "ratio", "asked", "goal", "share of limit")
+    table = Table("shape", "bits", "figure", "ours", "llama.cpp", "ratio", "asked", "goal", "share", "transformers")
     for r in rows:
         colour = "green" if r.ratio >= r.goal else "yellow" if r.ratio >= r.floor else "red"
-        numbers = (f"{r.ours:.1f}", f"{r.peer:.1f}", f"[{colour}]{r.ratio:.2f}x", f"{r.floor:g}x", f"{r.goal:g}x")
-        table.add_row(r.shape, r.bits, r.figure, *numbers, "" if r.limit is None else f"{r.limit:.0%}")
-    Console(width=110).print(table)
+        numbers = (
+            f"{r.ours:.4g} {r.unit}",
+            f"{r.peer:.4g}",
+            f"[{colour}]{r.ratio:.2f}x",
+            f"{r.floor:g}x",
+            f"{r.goal:g}x",
+        )
+        share, scale = ("" if v is None else t.format(v) for v, t in ((r.limit, "{:.0%}"), (r.transformers, "{:.3g}")))
+        table.add_row(r.shape, r.bits, r.figure, *numbers, share, scale)
+    Console(width=140).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", help="rows whose shape contains this")
-    parser.add_argument("--bits", choices=list(KINDS))
+    parser.add_argument("--bits", choices=["int4", "int8", "bfloat16"])
     parser.add_argument("--figure", help="rows whose figure contains this")
     parser.add_argument("--layers", type=int, help="take only so many layers of large shapes")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--peer", type=Path, help="folder that llama-cpp-python was installed into")
+    parser.add_argument("--keep", type=Path, help="folder for the models' files, which stay there")
+    parser.add_argument("--transformers", action="store_true", help="with the speed of transformers, for scale")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if arguments.peer:
-        sys.path.append(str(arguments.peer))
-    try:
-        from llama_cpp import llama_cpp as llama
-    except ImportError:
-        sys.exit("needs llama.cpp: pip install llama-cpp-python (it is compiled, some ten minutes on two cores)")
+    llama = open_llama(arguments.peer)
     runtime.start(THREADS)
     silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama.llama_log_set(silent, ctypes.c_void_p(0))
     llama.llama_backend_init()
     rows = []
-    for (shape, bits), figures in CASES.items():
-        wanted = [f for f in figures if (arguments.figure or "") in f.name]
-        if not wanted or (arguments.shape or "") not in shape or arguments.bits not in (None, bits):
-            continue
-        for row in rows_of(llama, shape, bits, wanted, arguments.layers, arguments.rounds):
-            rows.append(row)
-            print(json.dumps(asdict(row)) if arguments.json else row, file=sys.stdout if arguments.json else sys.stderr)
-            sys.stdout.flush()
+    with tempfile.TemporaryDirectory(prefix="glasklar-bench-") as temporary:
+        for shape, bits in CASES:
+            if (arguments.shape or "") not in shape or arguments.bits not in (None, bits):
+                continue
+            folder = arguments.keep or Path(temporary)
+            for row in rows_of(llama, shape, bits, lambda name: (arguments.figure or "") in name, arguments, folder):
+                rows.append(row)
+                print(
+                    json.dumps(asdict(row)) if arguments.json else row,
+                    file=sys.stdout if arguments.json else sys.stderr,
+                )
+                sys.stdout.flush()
     if not arguments.json:
         show(rows)
 

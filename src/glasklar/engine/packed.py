@@ -210,8 +210,8 @@ def vector(weight: Tensor) -> Tensor:
 
 @dataclass
 class PackedModel:
-    """All weights of a network, packed. `embedding` [W, D] stays as it is: only single rows of it are read. `draft`: the
-    module that guesses ahead, where the model has one and it is wanted."""
+    """All weights of a network, packed. `embedding` [W, D] stays as it is: only single rows of it are read. `draft`:
+    the module that guesses ahead, where the model has one and it is wanted."""
 
     config: ModelConfig
     embedding: Tensor

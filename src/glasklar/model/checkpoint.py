@@ -22,7 +22,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ from glasklar.model.hf_config import config_to_hf, read_config, read_json
 from glasklar.model.init import build
 from glasklar.model.tensor_file import Stored, read_header
 from glasklar.model.transformer import Transformer
-from glasklar.ops.select import Ops
+from glasklar.ops.select import REFERENCE, Ops
 from glasklar.provenance.files import TEMPORARY, replace_folder, sync, write_atomic, write_tensors, writing
 
-__all__ = ["config_to_hf", "hf_tensors", "load_model", "read_config", "save_model"]
+__all__ = ["config_to_hf", "hf_tensors", "load_model", "open_tensors", "read_config", "save_model"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -169,6 +169,24 @@ def load_model(folder: Path, *, dtype: torch.dtype, ops: Ops, device: str) -> Tr
     model = build(config, ops, device=device, dtype=dtype)
     _fill(hf_tensors(model), stored, _copies(config))
     return model
+
+
+def open_tensors(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, Callable[[str], Tensor]]:
+    """The configuration of a Hugging Face folder, and a function that reads one tensor by our name, in `dtype` but for
+    what stays in fp32: for whoever wants a model in other form and never whole. Errors as in `load_model`."""
+    config = read_config(folder)
+    stored = _stored(folder)
+    _check_against(stored, config, REFERENCE, folder)
+    model = build(config, REFERENCE, device="meta", dtype=dtype)
+    ours = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+    def get(name: str) -> Tensor:
+        tensor = torch.empty_like(ours[name], device="cpu")
+        parts = dict(_parts(_place(name, config.num_hidden_layers), tensor))
+        _fill(parts, {part: stored[part] for part in parts}, {})
+        return tensor
+
+    return config, get
 
 
 def _stored(folder: Path) -> dict[str, Stored]:

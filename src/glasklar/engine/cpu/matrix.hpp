@@ -203,6 +203,7 @@ struct Products {
             }
             const Floats every = half_scales(tile + SIZE - 32);
             const PartFloats scale = load_as<PartFloats>(reinterpret_cast<const uint8_t*>(&every) + place);
+#pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
                 PartInts dot = dot_group<KIND>(w, bytes[m] + g * GROUP, sums[m][g]);
                 all[m] = fma(__builtin_convertvector(dot, PartFloats), scale * scales[m][g], all[m]);
@@ -219,6 +220,7 @@ struct Products {
         for (int k = 0; k < groups * GROUP; k += 2, w += 2 * TILE) {
             Floats w0 = load(w), w1 = load(w + TILE);
             __builtin_prefetch(w + AHEAD / 4), __builtin_prefetch(w + AHEAD / 4 + TILE);
+#pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 const float* x = a.wide + rows[m] * a.width + k;
                 total[m] = fma(w0, spread(x[0]), total[m]);
@@ -234,6 +236,7 @@ struct Products {
         for (int k = 0; k < groups * GROUP; k += 4, tile += 128) {
             const Pairs w0 = pairs(load_as<Words>(tile)), w1 = pairs(load_as<Words>(tile + 64));
             __builtin_prefetch(tile + AHEAD), __builtin_prefetch(tile + AHEAD + 64);
+#pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 const Narrow* x = a.narrow + rows[m] * a.width + k;
                 total[m] = dot_pairs(total[m], w0, spread_pair(x));
@@ -254,25 +257,91 @@ __attribute__((noinline)) void multiply_rows(const Matrix& w, const uint8_t* til
     std::memcpy(out, p.total, sizeof p.total);
 }
 
-// emit(i, outputs 16t .. 16t+15) for the activation rows rows[0..count), bias added; as many rows at a time as the registers
-// hold sums for.
-template <class Emit>
-inline void multiply(const Matrix& w, int copy, int t, const Rows& a, const int64_t* rows, int count, Emit emit) {
-    const uint8_t* tile = w.tile(copy, t);
-    Floats bias{}, out[16];
-    if (w.bias)
-        for (int i = 0; i < std::min(TILE, w.outputs - t * TILE); ++i) bias[i] = w.bias[int64_t(copy) * w.outputs + t * TILE + i];
-    for (int i = 0, done; i < count; i += done) {
-        const int left = count - i;
-#if defined(__AVX512F__)
-        if (left >= 16 && w.kind >= INT8) multiply_rows<16>(w, tile, a, rows + i, out), done = 16;
-        else if (left >= 8) multiply_rows<8>(w, tile, a, rows + i, out), done = 8;
-        else
+#if defined(__AVX512VNNI__)
+// Products of two neighbouring tiles with BLOCK rows, out[tile][row]: an activation is loaded once for both, and all sums of a
+// group stay in registers. What a dot is made of, and in which order groups are added, is as in `Products`.
+constexpr int BLOCK = 8;
+template <int KIND>
+__attribute__((noinline)) void multiply_block(const uint8_t* tile, int64_t next, int groups, const Rows& a, const int64_t* rows, Floats (*out)[BLOCK]) {
+    constexpr int SIZE = KIND == INT4 ? 288 : 544;
+    const int8_t* bytes[BLOCK];
+    const float* scales[BLOCK];
+    const int32_t* sums[BLOCK];
+    for (int m = 0; m < BLOCK; ++m) {
+        bytes[m] = a.bytes + rows[m] * a.width;
+        scales[m] = a.scales + rows[m] * a.groups();
+        sums[m] = a.sums + rows[m] * a.groups();
+        out[0][m] = out[1][m] = Floats{};
+    }
+    for (int g = 0; g < groups; ++g, tile += SIZE) {
+        for (int i = 0; i < SIZE; i += 64) __builtin_prefetch(tile + AHEAD + i), __builtin_prefetch(tile + next + AHEAD + i);
+        Words low[2][4], high[2][4];  // quads 0 to 3 and 4 to 7
+        for (int t = 0; t < 2; ++t)
+            for (int i = 0; i < 4; ++i) {
+                const uint8_t* at = tile + t * next + 64 * i;
+                low[t][i] = load_as<Words>(at);
+                if constexpr (KIND == INT4) high[t][i] = low[t][i] >> 4 & 0x0f0f0f0fu, low[t][i] &= 0x0f0f0f0fu;
+                else high[t][i] = load_as<Words>(at + 256);
+            }
+        __m512i dot[2][BLOCK];
+#pragma GCC unroll 8
+        for (int m = 0; m < BLOCK; ++m) dot[0][m] = dot[1][m] = _mm512_set1_epi32(KIND == INT4 ? sums[m][g] : sums[m][g] * 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            const __m512i w0 = reinterpret_cast<__m512i>(i < 4 ? low[0][i] : high[0][i - 4]);
+            const __m512i w1 = reinterpret_cast<__m512i>(i < 4 ? low[1][i] : high[1][i - 4]);
+#pragma GCC unroll 8
+            for (int m = 0; m < BLOCK; ++m) {
+                const __m512i x = _mm512_set1_epi32(int(four_bytes(bytes[m] + g * GROUP + 4 * i)));
+                dot[0][m] = _mm512_dpbusd_epi32(dot[0][m], w0, x);
+                dot[1][m] = _mm512_dpbusd_epi32(dot[1][m], w1, x);
+            }
+        }
+#pragma GCC unroll 2
+        for (int t = 0; t < 2; ++t) {
+            const Floats scale = half_scales(tile + t * next + SIZE - 32);
+#pragma GCC unroll 8
+            for (int m = 0; m < BLOCK; ++m)
+                out[t][m] = fma(__builtin_convertvector(reinterpret_cast<Ints>(dot[t][m]), Floats), scale * scales[m][g], out[t][m]);
+        }
+    }
+}
 #endif
-        if (left >= 4) multiply_rows<4>(w, tile, a, rows + i, out), done = 4;
-        else if (left >= 2) multiply_rows<2>(w, tile, a, rows + i, out), done = 2;
-        else multiply_rows<1>(w, tile, a, rows + i, out), done = 1;
-        for (int m = 0; m < done; ++m) emit(i + m, w.bias ? out[m] + bias : out[m]);
+
+// emit(i, j, outputs of tile t + j) for the activation rows rows[0..count) and `tiles` (one or two) tiles, bias added.
+template <class Emit>
+inline void multiply(const Matrix& w, int copy, int t, int tiles, const Rows& a, const int64_t* rows, int count, Emit emit) {
+    const uint8_t* tile = w.tile(copy, t);
+    const int64_t next = tile_bytes(w.kind, w.inputs);
+    Floats bias[2] = {};
+    if (w.bias)
+        for (int i = 0; i < std::min(tiles * TILE, w.outputs - t * TILE); ++i) bias[i / TILE][i % TILE] = w.bias[int64_t(copy) * w.outputs + t * TILE + i];
+    auto put = [&](int i, int j, Floats v) { emit(i, j, w.bias ? v + bias[j] : v); };
+    int i = 0;
+#if defined(__AVX512VNNI__)
+    for (int left; w.kind >= INT8 && (left = count - i) > BLOCK / 2; i += BLOCK) {
+        int64_t some[BLOCK];
+        Floats out[2][BLOCK];
+        for (int m = 0; m < BLOCK; ++m) some[m] = rows[i + std::min(m, left - 1)];
+        (w.kind == INT4 ? multiply_block<INT4> : multiply_block<INT8>)(tile, tiles > 1 ? next : 0, w.groups(), a, some, out);
+        for (int m = 0; m < std::min(BLOCK, left); ++m)
+            for (int j = 0; j < tiles; ++j) put(i + m, j, out[j][m]);
+    }
+#endif
+    for (int done; i < count; i += done) {
+        const int left = count - i;
+        Floats out[8];
+        for (int j = 0; j < tiles; ++j) {
+#if defined(__AVX512F__)
+            if (left >= 8 && w.kind < INT8) multiply_rows<8>(w, tile + j * next, a, rows + i, out), done = 8;
+            else
+#endif
+            if (left >= 4) multiply_rows<4>(w, tile + j * next, a, rows + i, out), done = 4;
+            else if (left == 3) multiply_rows<3>(w, tile + j * next, a, rows + i, out), done = 3;
+            else if (left == 2) multiply_rows<2>(w, tile + j * next, a, rows + i, out), done = 2;
+            else multiply_rows<1>(w, tile + j * next, a, rows + i, out), done = 1;
+            for (int m = 0; m < done; ++m) put(i + m, j, out[m]);
+        }
     }
 }
 

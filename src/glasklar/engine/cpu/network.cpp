@@ -128,8 +128,9 @@ template <class Emit>
 void Network::tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit) {
     // Blocks of rows stay in the near cache while the tiles pass by.
     for (int row = 0; row < count; row += 64)
-        for (int tile = first; tile < last; ++tile)
-            multiply(w, copy, tile, in, row_list + row, std::min(64, count - row), [&](int i, Floats v) { emit(row + i, tile * TILE, v); });
+        for (int tile = first; tile < last; tile += 2)
+            multiply(w, copy, tile, std::min(2, last - tile), in, row_list + row, std::min(64, count - row),
+                     [&](int i, int j, Floats v) { emit(row + i, (tile + j) * TILE, v); });
 }
 
 // Task number `task` of a matrix that meets the rows of all tokens.
@@ -393,7 +394,7 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
     }
     const int64_t bytes = (layer.down.data ? tile_bytes(layer.down.kind, layer.down.inputs) : 0) +
                           (layer.router.data ? int64_t(s.active) * tile_bytes(layer.experts_down.kind, layer.experts_down.inputs) : 0);
-    const int all = padded_ / TILE, each = pass_.tokens >= 64 ? 4 : int(std::max<int64_t>(1, (64 << 10) / bytes));
+    const int all = padded_ / TILE, each = pass_.tokens >= 64 ? 4 : pass_.tokens > 4 ? 2 : int(std::max<int64_t>(1, (64 << 10) / bytes));
     me.parallel([&] { return (all + each - 1) / each; }, [&](int i) {
         const int first = i * each, last = std::min(first + each, (s.width + TILE - 1) / TILE);
         if (layer.down.data)
@@ -416,9 +417,9 @@ void Network::hidden_task(const Matrix& w, int copy, int unit_first, int unit_la
     for (int row = 0; row < count; row += 64) {
         const int rows = std::min(64, count - row);
         for (int unit = unit_first; unit < unit_last; ++unit) {
-            const int tile[4] = {2 * unit, 2 * unit + 1, up + 2 * unit, up + 2 * unit + 1};
-            for (int part = 0; part < 4; ++part)
-                multiply(w, copy, tile[part], in, row_list + row, rows, [&](int i, Floats v) { store(products + (i * 4 + part) * TILE, v); });
+            for (int part = 0; part < 2; ++part)
+                multiply(w, copy, part * up + 2 * unit, 2, in, row_list + row, rows,
+                         [&](int i, int j, Floats v) { store(products + (i * 4 + part * 2 + j) * TILE, v); });
             for (int i = 0; i < rows; ++i) {
                 float* p = products + i * 4 * TILE;
                 for (int half = 0; half < 2; ++half) store(p + half * TILE, silu(load(p + half * TILE)) * load(p + (2 + half) * TILE));
@@ -588,6 +589,7 @@ EXPORT void glasklar_multiply(const Matrix* w, int copy, const float* x, int row
     in.reserve(rows, w->inputs);
     std::vector<int64_t> list(rows);
     for (int i = 0; i < rows; ++i) prepare(x + int64_t(i) * in.rows.width, in.rows, list[i] = i);
-    for (int t = 0; t < w->tiles(); ++t)
-        multiply(*w, copy, t, in.rows, list.data(), rows, [&](int i, Floats v) { store(y + int64_t(i) * w->tiles() * TILE + t * TILE, v); });
+    for (int t = 0; t < w->tiles(); t += 2)
+        multiply(*w, copy, t, std::min(2, w->tiles() - t), in.rows, list.data(), rows,
+                 [&](int i, int j, Floats v) { store(y + (int64_t(i) * w->tiles() + t + j) * TILE, v); });
 }

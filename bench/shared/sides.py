@@ -1,0 +1,161 @@
+"""The two sides of the race: passes of our engine, and llama.cpp through its C interface."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from random_model import Files
+
+from glasklar.engine.native import NativeNetwork
+from glasklar.engine.packed import KINDS, PackedMatrix
+
+PAGE, PASS_TOKENS = 16, 512
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is measured: `tokens` of `rows` sequences after `context` tokens each; asked for and aimed at."""
+
+    name: str
+    rows: int
+    context: int
+    tokens: int  # of a sequence in one pass
+    floor: float
+    goal: float
+
+    @property
+    def total(self) -> int:
+        return self.rows * self.tokens
+
+
+def open_llama(folder: Path | None) -> Any:
+    """The C interface of llama.cpp; `folder`: where llama-cpp-python was installed into, if not beside us."""
+    if folder:
+        sys.path.append(str(folder))
+    try:
+        from llama_cpp import llama_cpp
+    except ImportError:
+        sys.exit("needs llama.cpp: pip install llama-cpp-python (it is compiled, some ten minutes on two cores)")
+    return llama_cpp
+
+
+class Ours:
+    """The pass of our engine over packed weights."""
+
+    def __init__(self, files: Files, tokens: int, threads: int) -> None:
+        self.config = files.config
+        library, self.model = files.open_packed(threads)
+        self.network = NativeNetwork(library, self.model, threads=threads, page=PAGE, max_tokens=PASS_TOKENS)
+        self.cache = self.network.new_cache(-(-tokens // PAGE) + 1)
+        self.cache.normal_()
+        self.rng = np.random.default_rng(0)
+
+    def run(self, figure: Figure, turn: int) -> float:
+        """Seconds of one pass of the figure (or more, of 512 tokens each)."""
+        pages = self.cache.shape[1] // figure.rows
+        tables = np.arange(pages * figure.rows, dtype=np.int32).reshape(figure.rows, pages)
+        ids = self.rng.integers(0, self.config.vocab_size, figure.total).astype(np.int32)
+        begin = time.perf_counter()
+        if figure.rows > 1 or figure.tokens == 1:
+            position = np.full(figure.rows, figure.context + turn, np.int32)
+            self._pass(ids, position, np.arange(figure.rows, dtype=np.int32), tables, figure.rows)
+        else:
+            for first in range(0, figure.tokens, PASS_TOKENS):
+                part = np.arange(first, min(first + PASS_TOKENS, figure.tokens), dtype=np.int32)
+                self._pass(ids[part], part, np.zeros_like(part), tables, 1)
+        return time.perf_counter() - begin
+
+    def _pass(self, ids: Any, positions: Any, sequences: Any, tables: Any, outputs: int) -> None:
+        wanted = np.arange(len(ids) - outputs, len(ids), dtype=np.int32)
+        none = np.zeros(outputs)
+        self.network.run(self.cache, ids, positions, sequences, tables, wanted, none.astype(np.float32), none)
+
+    def bytes_per_token(self, context: int = 0) -> int:
+        """Weights that one token passes, and what the cache holds of the tokens before it."""
+        c = self.config
+
+        def passed(name: str, matrix: PackedMatrix) -> int:
+            share = (c.num_experts_per_tok or 0) / matrix.copies if name.startswith("experts") else 1
+            return int(matrix.data.nbytes * share)
+
+        layers = sum(passed(name, matrix) for layer in self.model.layers for name, matrix in layer.matrices.items())
+        cache = context * self.cache.shape[0] * self.cache.shape[3] * self.cache.element_size()
+        return layers + self.model.head.data.nbytes + cache
+
+    @property
+    def products_per_token(self) -> int:
+        """Multiplications and additions of one token outside attention and head."""
+        per_value = {"int4": 18 / 32, "int8": 34 / 32, "bfloat16": 2.0}
+        head = self.model.head.data.nbytes
+        kind = next(k for k, v in KINDS.items() if v == self.model.layers[-1].matrices["out"].kind)
+        return int(2 * (self.bytes_per_token() - head) / per_value[kind])
+
+
+class Peer:
+    """llama.cpp through its C interface."""
+
+    def __init__(self, llama: Any, files: Files, tokens: int, rows: int, flash: int, threads: int) -> None:
+        self.llama, self.config = llama, files.config
+        settings = llama.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        self.model = llama.llama_model_load_from_file(str(files.gguf).encode(), settings)
+        context = llama.llama_context_default_params()
+        context.n_ctx, context.n_batch, context.n_ubatch = tokens, PASS_TOKENS, PASS_TOKENS
+        context.n_seq_max, context.n_threads, context.n_threads_batch = rows, threads, threads
+        context.flash_attn_type, context.kv_unified, context.no_perf = flash, False, True
+        self.context = llama.llama_init_from_model(self.model, context)
+        if not self.context:
+            raise RuntimeError("llama.cpp could not make a context")
+        self.memory = llama.llama_get_memory(self.context)
+        self.batch = llama.llama_batch_init(PASS_TOKENS, 0, rows)
+        self.rng = np.random.default_rng(0)
+        self.filled: tuple[int, int] = (0, 0)  # rows, context
+
+    def run(self, figure: Figure, turn: int) -> float:
+        """Seconds of one pass of the figure; the cache is filled up to its context before."""
+        self._fill(figure)
+        begin = time.perf_counter()
+        if figure.rows > 1 or figure.tokens == 1:
+            self._decode([(row, figure.context + turn) for row in range(figure.rows)], outputs=True)
+        else:
+            for first in range(0, figure.tokens, PASS_TOKENS):
+                last = min(first + PASS_TOKENS, figure.tokens)
+                self._decode([(0, position) for position in range(first, last)])
+        seconds = time.perf_counter() - begin
+        if figure.tokens > 1:
+            self.filled = (0, 0)
+        return seconds
+
+    def _fill(self, figure: Figure) -> None:
+        wanted = (figure.rows, figure.context)
+        if self.filled == wanted and figure.tokens == 1:
+            return
+        if figure.context < self.filled[1] or figure.rows != 1 or self.filled[0] != 1:
+            self.llama.llama_memory_clear(self.memory, True)
+            self.filled = (1, 0)
+        else:  # later tokens of the figure before
+            self.llama.llama_memory_seq_rm(self.memory, 0, self.filled[1], -1)
+        for first in range(self.filled[1], figure.context, PASS_TOKENS):
+            last = min(first + PASS_TOKENS, figure.context)
+            self._decode([(0, position) for position in range(first, last)])
+        self.filled = wanted
+
+    def _decode(self, tokens: list[tuple[int, int]], outputs: bool = False) -> None:
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for i, (row, position) in enumerate(tokens):
+            batch.token[i] = int(self.rng.integers(0, self.config.vocab_size))
+            batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = position, 1, row
+            batch.logits[i] = outputs or i == len(tokens) - 1
+        if self.llama.llama_decode(self.context, batch):
+            raise RuntimeError("llama.cpp could not decode")
+
+    def close(self) -> None:
+        self.llama.llama_batch_free(self.batch)
+        self.llama.llama_free(self.context)
+        self.llama.llama_model_free(self.model)
