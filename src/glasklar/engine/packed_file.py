@@ -121,7 +121,7 @@ class _Writer:
         self.entries[name] = {
             "dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self.reached, end],
         }  # fmt: skip
-        self.file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        self.file.write(tensor.view(-1).view(torch.uint8).numpy().data)
         self.reached = end
 
     def finish(self, layout: dict[str, Any], key: str) -> None:
