@@ -2,7 +2,7 @@
 
 Each library has one source and several builds, of which the fastest that the CPU can run is loaded. All are optional: a
 machine without a compiler trains and serves with plain PyTorch. They are compiled side by side and kept under
-build/native by the hash of all that goes into them, so that installing again (with other extras, after a checkout) costs
+build/native by the hash of all that goes into them, so that installing again (other extras, another checkout) costs
 seconds, and a changed source is never missed.
 """
 
@@ -58,7 +58,7 @@ class Build(build_ext):
         self.parallel = self.parallel or CORES
 
     def build_extension(self, ext: Extension) -> None:
-        """Raises what its parent raises, which leaves out an optional library; never leaves an older one in its place."""
+        """Raises what its parent raises, which leaves an optional library out; never leaves an older one there."""
         kept, target = KEPT / self.fingerprint(ext), Path(self.get_ext_fullpath(ext.name))
         if not kept.exists():
             super().build_extension(ext)
