@@ -1,22 +1,14 @@
-"""Pages of the cache: nothing lost, nothing written that is shared, the same bits with a known beginning as without."""
+"""Pages of the cache alone: nothing lost, nothing written that is shared, bytes counted. With requests: test_mixes.py."""
 
 from __future__ import annotations
-
-import random
 
 import pytest
 import torch
 
 from glasklar.engine import paged
-from glasklar.engine.cpu import library
-from glasklar.engine.engine import Engine
-from glasklar.engine.native_runner import NativeRunner
 from glasklar.engine.paged import PAGE, PageCache, PageRoom
-from glasklar.engine.request import Completion, SamplingParams
 from glasklar.errors import CapacityError
 from glasklar.model.config import ModelConfig
-from glasklar.model.init import build, initialise
-from glasklar.model.transformer import Transformer
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 192, "intermediate_size": 48, "initializer_range": 0.3}  # fmt: skip
@@ -24,23 +16,10 @@ MLA = ModelConfig(
     **SIZES, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10,
     n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1,
 )  # fmt: skip
-GQA = ModelConfig(**SIZES, num_key_value_heads=2, head_dim=8)
-
-needs_compiler = pytest.mark.skipif(library.best() is None, reason="the C++ pass is not compiled here")
 
 
 def cache(tokens: int = 160) -> PageCache:
     return PageCache(MLA, max_tokens=tokens, dtype=torch.bfloat16)
-
-
-def native(config: ModelConfig, dtype: torch.dtype = torch.bfloat16, **settings: int) -> tuple[Engine, PageCache]:
-    engine = Engine(network(config, dtype), native=True, **settings)
-    assert isinstance(engine.runner, NativeRunner)
-    return engine, engine.runner.cache
-
-
-def network(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Transformer:
-    return initialise(build(config, dtype=dtype), 3)
 
 
 def opened(pages: PageCache, row: int, tokens: list[int]) -> int:
@@ -123,46 +102,31 @@ def test_room_counts_a_page_that_each_request_leaves_half_empty() -> None:
     assert not room.fits(9, 1, 9)
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [MLA, GQA], ids=["mla", "gqa"])
 @pytest.mark.parametrize(
-    "seeds", [range(20), pytest.param(range(20, 150), marks=pytest.mark.slow)], ids=["few", "many"]
+    ("layers", "fields", "wanted"),
+    [
+        (61, {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}, 70_272),  # V3
+        (27, {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}, 31_104),
+        (126, {"num_key_value_heads": 8, "head_dim": 128}, 516_096),  # Llama 3.1 405B
+    ],
 )
-def test_mixes_of_requests_are_the_bits_of_each_alone(config: ModelConfig, dtype: torch.dtype, seeds: range) -> None:
-    """Ids and log-probabilities, whatever arrives, is cancelled, begins alike, is read in pieces or waits for room."""
-    for seed in seeds:
-        rng = random.Random(seed)
-        engine, pages = native(
-            config, dtype, draft_tokens=rng.choice((0, 3, 7)), max_slots=rng.choice((2, 5, 9)),
-            max_tokens=rng.choice((192, 320, 2048)),
-            chunk_tokens=rng.choice((3, 16, 25, 512)),
-        )  # fmt: skip
-        begins = [[rng.randrange(61) for _ in range(rng.randrange(70))] for _ in range(3)]
-        asked, done, ids = [], {}, []
-        for i in range(12):
-            prompt = [*rng.choice(begins), *(rng.randrange(61) for _ in range(rng.randint(1, 30)))]
-            settings = SamplingParams(
-                max_tokens=rng.randint(1, 25), temperature=rng.choice((0.0, 0.7, 1.2)), seed=i, stop_ids=(7,),
-                top_k=rng.choice((0, 0, 4)),
-            )  # fmt: skip
-            asked += [(prompt, settings)] * rng.choice((1, 1, 3))
-        while engine.has_work or len(ids) < len(asked):
-            arrivals = min(rng.randrange(4), len(asked) - len(ids))
-            ids += [engine.add(*asked[len(ids) + i]) for i in range(arrivals)]
-            for made in engine._advance():
-                done |= {made.requests[i].id: completion for i, completion in made.completions.items()}
-            if rng.random() < 0.1 and ids:
-                engine.cancel(rng.choice(ids))
-            pages.check()
-        assert len(done) > len(asked) / 3
-        for number, completion in list(done.items())[:: max(1, len(done) // 6)]:
-            assert alone(config, dtype, *asked[ids.index(number)]) == completion
-        assert not pages._held.any()
-        pages.forget()
-        assert pages.pages_used == 0
+def test_bytes_per_token_of_published_shapes(layers: int, fields: dict[str, int], wanted: int) -> None:
+    """Counted in the cache's own memory."""
+    shape = {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 8, "intermediate_size": 8}
+    config = ModelConfig(**shape, **fields, num_hidden_layers=layers)
+    pages = PageCache(config, max_tokens=4 * PAGE, dtype=torch.bfloat16)
+    assert pages.bytes_per_token == wanted
+    assert pages.data.untyped_storage().nbytes() == 4 * PAGE * wanted
+    opened(pages, 0, [1] * (PAGE + 1))
+    assert pages.bytes_allocated == 2 * PAGE * wanted
 
 
-def alone(config: ModelConfig, dtype: torch.dtype, prompt: list[int], params: SamplingParams) -> Completion:
-    [completion] = native(config, dtype, max_slots=1, draft_tokens=0)[0].generate([prompt], params)
-    return completion
+def test_of_one_text_the_end_is_given_up_first() -> None:
+    pages = cache(4 * PAGE)
+    text = list(range(3 * PAGE))
+    opened(pages, 0, text)
+    pages.release(0)
+    opened(pages, 1, [60] * 2 * PAGE)  # one page is free, one must be given up
+    pages.release(1)
+    assert pages.begin(0, [*text, 1]) == 2 * PAGE
+    pages.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from glasklar.engine.paged import AHEAD, PageRoom
 from glasklar.engine.request import Request, SamplingParams
 from glasklar.engine.scheduler import Scheduler, SlotRoom
 
@@ -137,3 +138,105 @@ def test_random_walk_against_a_plain_set() -> None:
         assert {r.state for r in queue.waiting} <= {"waiting"}
         reserves = [r.reserve for r in queue.running]
         assert not reserves or queue.room.fits(len(reserves), max(reserves), sum(reserves))
+
+
+def paged(*, slots: int = 8, tokens: int = 1 << 20, chunk: int | None = None) -> Scheduler:
+    return Scheduler(PageRoom(max_slots=slots, max_tokens=tokens), prefill_tokens=1 << 20, chunk=chunk)
+
+
+def yields(queue: Scheduler, lengths: list[int] | None = None) -> list[int]:
+    """As the engine does it: they are released, and wait again."""
+    weaker = queue.outranked(lengths)
+    for r in weaker:
+        if r is not queue.filling:
+            queue.release([queue.running.index(r)])
+        queue.requeue(r)
+    return ids(weaker)
+
+
+def test_pages_are_set_aside_for_what_comes_soon_not_for_all_that_may_come() -> None:
+    queue = paged(tokens=1024 + 2 * AHEAD)
+    for number in range(4):
+        queue.add(request(number, prompt=480, limit=1 << 14))
+    assert ids(queue.admit()) == [0, 1]
+    assert queue.admit([1000, 900]) == []
+    assert queue.admit([480, 480]) == []
+    queue.release([0])
+    assert ids(queue.admit([480])) == [2]
+
+
+def test_the_head_takes_the_place_of_the_latest_of_the_weakest() -> None:
+    queue = paged(slots=4)
+    for number, priority in enumerate((1, 0, 0, 2)):
+        queue.add(request(number, priority=priority))
+    queue.admit()
+    queue.add(request(4, priority=1))
+    assert yields(queue) == [2]
+    assert ids(queue.admit()) == [4]
+    assert ids(queue.waiting) == [2]
+    queue.add(request(5, priority=0))
+    assert yields(queue) == []  # equals wait
+    assert queue.admit() == []
+    queue.add(request(6, priority=3))
+    assert yields(queue) == [1]
+    assert ids(queue.admit()) == [6]
+    assert ids(queue.waiting) == [1, 2, 5]  # in the order in which they came
+    assert {r.state for r in queue.waiting} == {"waiting"}
+
+
+def test_only_as_many_yield_as_the_head_needs_and_none_if_that_is_not_enough() -> None:
+    queue = paged(tokens=4 * 336)
+    for number, priority in enumerate((5, 0, 0, 0)):
+        queue.add(request(number, prompt=60, limit=300, priority=priority))
+    queue.admit()
+    assert len(queue.running) == 4
+    queue.add(request(4, prompt=380, limit=300, priority=4))
+    assert yields(queue) == [3, 2]
+    assert ids(queue.admit()) == [4]
+    queue.add(request(5, prompt=1100, limit=300, priority=4))
+    assert yields(queue) == []
+    assert ids(queue.running) == [0, 1, 4]
+
+
+def test_a_prompt_that_is_being_read_yields_to_its_better() -> None:
+    queue = paged(chunk=10)
+    queue.add(request(0, prompt=100))
+    queue.admit()
+    queue.add(request(1, prompt=100))
+    assert yields(queue) == []
+    queue.add(request(2, prompt=100, priority=1))
+    assert yields(queue) == [0]
+    assert queue.filling is None
+    queue.admit()
+    assert queue.filling is not None
+    assert queue.filling.id == 2
+    assert ids(queue.waiting) == [0, 1]
+
+
+def test_the_first_never_gives_way_to_a_full_cache() -> None:
+    queue = paged(chunk=10)
+    for number, (prompt, priority) in enumerate(((4, 0), (4, 1), (40, 0), (4, 0))):
+        queue.add(request(number, prompt=prompt, priority=priority))
+    queue.admit()
+    order = []
+    while (weakest := queue.weakest()) is not None:
+        order.append(weakest.id)
+        if weakest is not queue.filling:
+            queue.release([queue.running.index(weakest)])
+        queue.requeue(weakest)
+    assert order == [3, 2, 0]
+    assert ids(queue.present) == [1]
+    assert ids(queue.waiting) == [0, 2, 3]
+
+
+def test_who_gave_way_goes_on_with_what_it_has_made() -> None:
+    queue = paged(chunk=10)
+    queue.add(request(0, prompt=4))
+    [running] = queue.admit()
+    running.answer = [7] * 9
+    queue.release([0])
+    queue.requeue(running)
+    assert queue.admit() == []  # 13 tokens are to be read: a long one now
+    assert queue.filling is running
+    assert running.text == [1] * 4 + [7] * 9
+    assert running.reserve == 11

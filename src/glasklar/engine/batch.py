@@ -29,7 +29,7 @@ class Rows:
     made, limit  tokens made, and most that may be
     stops        ids that end the answer, padded with -1
     special      the request wants more of the sampler than a temperature
-    tokens, logprobs   what was made, [n, longest answer]
+    tokens, logprobs   what was made, [n, longest answer or more]
     """
 
     def __init__(self) -> None:
@@ -55,18 +55,19 @@ class Rows:
         return self.tokens[row, : self.made[row]].tolist()
 
     def append(self, requests: Sequence[Request]) -> None:
-        """New rows at the end."""
+        """New rows at the end; those that gave way before have an answer already."""
         start, self.n = self.n, self.n + len(requests)
         self._grow(
             self.n,
             stops=max(len(request.params.stop_ids) for request in requests),
-            tokens=max(request.limit for request in requests),
+            tokens=max(len(request.answer) for request in requests),
         )
-        self.made[start : self.n] = self.last[start : self.n] = 0
         self.stops[start : self.n] = -1
         for row, request in enumerate(requests, start):
-            params = request.params
-            self.length[row], self.limit[row] = len(request.prompt), request.limit
+            params, made = request.params, len(request.answer)
+            self.length[row], self.limit[row] = len(request.prompt) + made, request.limit
+            self.made[row], self.last[row] = made, request.answer[-1] if made else 0
+            self.tokens[row, :made], self.logprobs[row, :made] = request.answer, request.logprobs
             self.temperature[row], self.seed[row] = params.temperature, params.seed % (1 << 64)
             self.special[row] = request.special
             self.stops[row, : len(params.stop_ids)] = params.stop_ids
@@ -94,6 +95,9 @@ class Rows:
 
     def record(self, rows: IntArray, tokens: IntArray, logprobs: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Takes one new token for each of the rows. Returns which of them are stopped by it."""
+        longest = int(self.made[rows].max(initial=0))
+        if longest >= self.tokens.shape[1]:
+            self._grow(self.n, stops=0, tokens=max(64, 2 * longest))
         self.tokens[rows, self.made[rows]] = tokens
         self.logprobs[rows, self.made[rows]] = logprobs
         self.last[rows] = tokens

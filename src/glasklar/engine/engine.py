@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from glasklar.engine.batch import Rows
 from glasklar.engine.cache import SlotCache
-from glasklar.engine.draft import Gain, Lookup
+from glasklar.engine.draft import DRAFT_ROWS, PLAIN, Drafter
 from glasklar.engine.guide import Guide
 from glasklar.engine.native_runner import PASS_TOKENS, NativeRunner, runs_native
 from glasklar.engine.packed import PackedModel
@@ -31,11 +31,12 @@ from glasklar.engine.request import Completion, FinishReason, Request, SamplingP
 from glasklar.engine.runner import Result, Runner
 from glasklar.engine.sampler import Alternatives, Sampled, SpecialRow, sample, uniform
 from glasklar.engine.scheduler import Room, Scheduler, SlotRoom
+from glasklar.engine.spill import SpillConfig
 from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.model.transformer import Transformer
 
-# Most rows for which drafts are made: with more, a pass is full without them.
-DRAFT_ROWS = 8
+# Longest that running answers wait for prompts in a step, and the shortest piece of a prompt that is worth a pass.
+STALL_SECONDS, SHORTEST_PIECE = 0.5, 64
 
 
 @dataclass(kw_only=True)
@@ -50,6 +51,7 @@ class Stats:
     decode_seconds: float = 0.0
     drafted: int = 0
     accepted: int = 0
+    preempted: int = 0  # times that a request gave way to another
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,12 @@ class Engine:
 
     max_slots        most requests that run at once
     max_tokens       most cache tokens of all slots together; memory is taken as it is needed
-    prefill_tokens   prompt tokens taken up in one step, so that running answers keep flowing
-    chunk_tokens     a longer prompt is read in pieces of so many tokens, one in a step (C++ passes only)
+    prefill_tokens   prompt tokens taken up in one step
+    chunk_tokens     a longer prompt is read in pieces of so many tokens, one in a step; while answers run, in pieces
+                     that hold them up for half a second at most (C++ passes only)
     draft_tokens     most tokens guessed ahead for a request, while few run and it gains; 0: none (C++ passes only)
+    spill            where on disk to keep beginnings of texts that memory has no room for, also for the next start
+                     (C++ passes only)
     native           True: passes in C++, False: in PyTorch; None: in C++ where that is possible
     """
 
@@ -87,6 +92,7 @@ class Engine:
         prefill_tokens: int = 1 << 13,
         chunk_tokens: int = PASS_TOKENS,
         draft_tokens: int = 4,
+        spill: SpillConfig | None = None,
         native: bool | None = None,
     ) -> None:
         self.model, self.config = model, model.config
@@ -96,8 +102,13 @@ class Engine:
         self.runner: Runner | NativeRunner
         if native:
             self.room = PageRoom(max_slots=max_slots, max_tokens=max_tokens)
-            self.runner = NativeRunner(model, max_slots=max_slots, max_tokens=max_tokens, chunk_tokens=chunk_tokens)
+            self.runner = NativeRunner(
+                model, max_slots=max_slots, max_tokens=max_tokens, chunk_tokens=chunk_tokens, draft=draft_tokens > 0,
+                spill=spill,
+            )  # fmt: skip
         else:
+            if spill is not None:
+                raise RequestError("spill: only the C++ pass keeps pages; leave `spill` out, or `native`")
             if not isinstance(model, Transformer):
                 raise RequestError("packed weights need the C++ pass; leave `native` out")
             weight = model.embed_tokens.weight
@@ -107,9 +118,9 @@ class Engine:
             )
         chunk = chunk_tokens if native else None
         self.scheduler = Scheduler(self.room, prefill_tokens=prefill_tokens, chunk=chunk)
-        self.draft_tokens = draft_tokens if native else 0
-        self.gain = Gain()
-        self._lookups: dict[int, Lookup] = {}
+        self.chunk_tokens = chunk_tokens
+        self.drafter = Drafter(self.runner, draft_tokens) if isinstance(self.runner, NativeRunner) else None
+        self._pace = 0.0  # prompt tokens a second, as lately measured
         self.rows = Rows()
         self.stats = Stats()
         self._next_id = 0
@@ -163,11 +174,19 @@ class Engine:
 
     def cancel(self, request_id: int) -> None:
         """Drops a request at once; no further events come from it. Unknown and finished ids are left alone."""
+        filling = self.scheduler.filling
         row = self.scheduler.cancel(request_id)
         if row is not None:
             self._release([row])
-        if self.scheduler.filling is None:
-            self.runner.abandon()
+        elif filling is not None and filling.id == request_id:
+            self.runner.abandon(filling.text)
+        self._drop(request_id)
+
+    def close(self) -> None:
+        """Ends what runs, and keeps what the cache holds for the next start, where `spill` says so."""
+        for request in [*self.scheduler.present, *self.scheduler.waiting]:
+            self.cancel(request.id)
+        self.runner.close()
 
     def step(self) -> list[TokenEvent]:
         """Takes up waiting requests, then makes one token for every running one."""
@@ -210,107 +229,162 @@ class Engine:
         self.stats.steps += 1
         made: list[_Made] = []
         start = time.perf_counter()
-        first = self.rows.n
-        if admitted := self.scheduler.admit():
-            prompts = [request.prompt for request in admitted]
+        self._follow()
+        budget = self._piece()
+        if self.scheduler.waiting:
+            self._give_way(self.scheduler.outranked(self._lengths()))
+        first, read = self.rows.n, self.stats.prompt_tokens
+        if admitted := self.scheduler.admit(self._lengths(), budget):
+            texts = [request.text for request in admitted]
             self.rows.append(admitted)
-            made += self._pass(first, first, lambda: self._prefill(admitted, prompts, first))
-            self.stats.prompt_tokens += sum(len(prompt) for prompt in prompts)
+            made += self._pass(first, first, lambda: self._prefill(admitted, texts, first))
         if (filled := self._fill()) is not None:
             made.append(filled)
         middle = time.perf_counter()
+        if (read := self.stats.prompt_tokens - read) >= SHORTEST_PIECE:
+            self._pace = read / (middle - start)
         if self.rows.n:
             made += self._decode_all()
         self.stats.prefill_seconds += middle - start
         self.stats.decode_seconds += time.perf_counter() - middle
         return made
 
-    def _prefill(self, admitted: Sequence[Request], prompts: Sequence[Sequence[int]], first: int) -> list[_Made]:
-        result = self.runner.prefill(prompts, first)
-        for request, known in zip(admitted, result.cached, strict=bool(result.cached)):
-            request.cached = known
+    def _lengths(self) -> list[int]:
+        return self.rows.length[: self.rows.n].tolist()
+
+    def _piece(self) -> int | None:
+        """How much of prompts is read in this step: while answers run, no more than they can wait for."""
+        if self.scheduler.chunk is None:
+            return None
+        piece = self.chunk_tokens
+        if self.rows.n and self._pace:
+            piece = min(piece, max(SHORTEST_PIECE, int(self._pace * STALL_SECONDS)))
+        self.scheduler.chunk = piece
+        if isinstance(self.runner, NativeRunner):
+            self.runner.chunk_tokens = min(piece, PASS_TOKENS)
+        return piece if self.rows.n else None
+
+    def _follow(self) -> None:
+        """Whether this step's passes must leave the draft module what it needs to guess."""
+        if self.drafter is not None:
+            coming = self.rows.n + len(self.scheduler.waiting)
+            self.drafter.runner.following = self.drafter.way(coming).source == "module"
+
+    def _give_way(self, requests: Sequence[Request]) -> None:
+        """Takes requests off the cache; they wait and go on later from where they are."""
+        for request in requests:
+            if request is self.scheduler.filling:
+                self.runner.abandon(request.text)
+            else:
+                row = self.scheduler.running.index(request)
+                request.answer = self.rows.answer(row)
+                request.logprobs = self.rows.logprobs[row, : self.rows.made[row]].tolist()
+                self._release([row], whole=[row], ended=False)
+            self.scheduler.requeue(request)
+            self.stats.preempted += 1
+
+    def _with_room(self, reserve: Callable[[], None]) -> None:
+        """Reserves pages; where they are used up the weakest request gives way, until they suffice."""
+        while True:
+            try:
+                return reserve()
+            except CapacityError:
+                weakest = self.scheduler.weakest()
+                if weakest is None:
+                    raise
+                self._give_way([weakest])
+
+    def _prefill(self, admitted: Sequence[Request], texts: Sequence[Sequence[int]], first: int) -> list[_Made]:
+        result = self.runner.prefill(texts, first)
+        cached = result.cached or [0] * len(texts)
+        for request, text, known in zip(admitted, texts, cached, strict=True):
+            self._took_up(request, text, known)
         return [self._sample(result, first)]
+
+    def _took_up(self, request: Request, text: Sequence[int], known: int) -> None:
+        """A text has been read, of which the cache had `known` tokens."""
+        if not request.answer:  # else it had been running before
+            request.cached = known
+            self.stats.prompt_tokens += len(text)
 
     def _fill(self) -> _Made | None:
         """Reads a piece of the long prompt; after the last one its request becomes a row."""
-        request, row = self.scheduler.filling, self.rows.n
+        result: Result | None = None
+
+        def read() -> None:
+            nonlocal result
+            if (request := self.scheduler.filling) is not None:
+                result = self.runner.fill(request.text, self.rows.n)
+
+        request = self.scheduler.filling
         if request is None:
             return None
         try:
-            result = self.runner.fill(request.prompt, row)
+            self._with_room(read)
         except BaseException:
             self.cancel(request.id)
             raise
         if result is None:
             return None
-        request.cached = result.cached[0] if result.cached else 0
+        row = self.rows.n
+        self._took_up(request, request.text, result.cached[0] if result.cached else 0)
         self.rows.append([self.scheduler.start()])
-        self.stats.prompt_tokens += len(request.prompt)
         return self._sample(result, row)
 
     def _decode_all(self) -> list[_Made]:
         """A token for every row, or several where guesses hold."""
-        n = self.rows.n
-        if not self.draft_tokens or n > DRAFT_ROWS:
-            return self._pass(0, n, self._decode)
         begin, before = time.perf_counter(), self.stats.tokens
-        guesses = self._guesses() if self.gain.drafting else []
+        self._with_room(lambda: self.runner.reserve(self._lengths()))
+        n = self.rows.n
+        way = PLAIN if self.drafter is None else self.drafter.way(n)
+        guesses = self._guesses() if way != PLAIN else []
         made = self._pass(0, n, (lambda: self._verify(guesses)) if any(guesses) else self._decode)
-        self.gain.note((self.stats.tokens - before) / n, time.perf_counter() - begin)
+        if self.drafter is not None and n <= DRAFT_ROWS:
+            self.drafter.gain.note(way, (self.stats.tokens - before) / n, time.perf_counter() - begin)
         return made
 
     def _guesses(self) -> list[list[int]]:
-        """Tokens that may come next, for each row; none for those that ask for more than a temperature."""
-        guesses: list[list[int]] = []
-        for row, request in enumerate(self.scheduler.running):
-            most = min(self.draft_tokens, request.limit - int(self.rows.made[row]) - 1)
-            if request.special or most < 1:
-                guesses.append([])
-                continue
-            lookup = self._lookups.setdefault(request.id, Lookup())
-            known, prompt = len(lookup.tokens), request.prompt
-            if known == 0:
-                lookup.extend(prompt)
-                known = len(prompt)
-            lookup.extend(self.rows.answer(row)[known - len(prompt) :])
-            guesses.append(lookup.guess(most))
-        return guesses
+        """Tokens that may come next, for each row; none where the cache has no room for them."""
+        assert self.drafter is not None
+        way = self.drafter.way(self.rows.n)
+        most = np.minimum(way.depth, self.rows.limit[: self.rows.n] - self.rows.made[: self.rows.n] - 1)
+        try:
+            self.runner.reserve((self.rows.length[: self.rows.n] + most).tolist())
+        except CapacityError:
+            return []
+        return self.drafter.guesses(way, self.rows, self.scheduler.running)
 
     def _verify(self, guesses: Sequence[Sequence[int]]) -> list[_Made]:
-        """Runs the last token of each row and its guesses. A guess stands where it is what the model then chooses."""
+        """Runs the last token of each row and its guesses. A guess stands where it is what is then chosen."""
         assert isinstance(self.runner, NativeRunner)
+        assert self.drafter is not None
         rows, n = self.rows, self.rows.n
         counts = np.array([1 + len(guess) for guess in guesses])
         first = np.cumsum(counts) - counts
         depth = np.arange(counts.sum()) - np.repeat(first, counts)
         numbers = uniform(np.repeat(rows.seed[:n], counts), np.repeat(rows.length[:n], counts) + depth)
         result = self.runner.decode(rows, np.repeat(rows.temperature[:n], counts), numbers, guesses)
-        assert result.tokens is not None
-        assert result.logprobs is not None
-        going = np.arange(n)
-        made = [self._record(going, self._choose(result.at(first), 0))]
-        self.stats.drafted += int((counts - 1).sum())
         for request, guess in zip(self.scheduler.running, guesses, strict=True):
             request.drafted += len(guess)
-        for place in range(1, int(counts.max())):
+        going, made, accepted = np.arange(n), list[_Made](), 0
+        for place in range(int(counts.max())):
+            made.append(self._record(going, self._choose(result.at(first[going] + place), going)))
             ended = {int(going[i]) for i in made[-1].finish}
-            at = first[going] + place - 1
-            going = np.array(
-                [
-                    row
-                    for row, i in zip(going.tolist(), at.tolist(), strict=True)
-                    if row not in ended and place < counts[row] and result.tokens[i] == guesses[row][place - 1]
-                ],
-                np.int64,
-            )
-            if not len(going):
+            stands = [
+                row
+                for row in going.tolist()
+                if row not in ended and place + 1 < counts[row] and rows.last[row] == guesses[row][place]
+            ]
+            going = np.array(stands, np.int64)
+            if not stands:
                 break
-            for row in going.tolist():
+            for row in stands:
                 self.scheduler.running[row].accepted += 1
-            at = first[going] + place
-            logprobs = result.logprobs[at]
-            made.append(self._record(going, Sampled(result.tokens[at], logprobs, np.isfinite(logprobs), {})))
-            self.stats.accepted += len(going)
+            accepted += len(stands)
+        drafted = int((counts - 1).sum())
+        self.stats.drafted += drafted
+        self.stats.accepted += accepted
+        self.drafter.note(self.drafter.way(n), drafted, accepted)
         self._let_go(made)
         return made
 
@@ -339,17 +413,17 @@ class Engine:
             self._release(range(first, self.rows.n))
             raise
 
-    def _choose(self, result: Result, first: int) -> Sampled:
-        """A token for each row from `first` on."""
-        rows, n = self.rows, self.rows.n
-        requests = self.scheduler.running[first:n]
-        special = np.flatnonzero(rows.special[first:n])
-        temperature, numbers = rows.temperature[first:n], uniform(rows.seed[first:n], rows.length[first:n])
+    def _choose(self, result: Result, places: NDArray[np.int64]) -> Sampled:
+        """A token for each of the rows."""
+        rows = self.rows
+        requests = [self.scheduler.running[row] for row in places.tolist()]
+        special = np.flatnonzero(rows.special[places])
+        temperature, numbers = rows.temperature[places], uniform(rows.seed[places], rows.length[places])
 
         def special_row(place: int, i: int) -> SpecialRow:
             request = requests[i]
             allowed = request.guide.allowed() if request.guide is not None else None
-            return SpecialRow(place, request.params, request.prompt, rows.answer(first + i), allowed)
+            return SpecialRow(place, request.params, request.prompt, rows.answer(int(places[i])), allowed)
 
         if result.tokens is None or result.logprobs is None:
             wanted = [special_row(i, i) for i in special.tolist()]
@@ -366,7 +440,8 @@ class Engine:
 
     def _sample(self, result: Result, first: int) -> _Made:
         """Chooses and records a token for each row from `first` on, and lets go of those that ended."""
-        made = self._record(np.arange(first, self.rows.n), self._choose(result, first))
+        places = np.arange(first, self.rows.n)
+        made = self._record(places, self._choose(result, places))
         self._let_go([made])
         return made
 
@@ -416,17 +491,23 @@ class Engine:
             alternatives=self._alternatives.get(self.scheduler.running[row].id, []),
         )
 
-    def _release(self, gone: Iterable[int], whole: Collection[int] = ()) -> None:
-        """Lets go of rows; what the cache holds of the `whole` ones (all but the last token) is fit for later use."""
+    def _release(self, gone: Iterable[int], whole: Collection[int] = (), ended: bool = True) -> None:
+        """Lets go of rows; what the cache holds of the `whole` ones (all but the last token) is fit for later use.
+        Unless they have `ended`, what else is known of their requests is kept."""
         rows = list(gone)
         for row in rows:
             request = self.scheduler.running[row]
-            self._alternatives.pop(request.id, None)
-            self._lookups.pop(request.id, None)
+            if ended:
+                self._drop(request.id)
             self.runner.release(row, [*request.prompt, *self.rows.answer(row)[:-1]] if row in whole else [])
         moves = self.scheduler.release(rows)
         self.runner.move(moves)
         self.rows.move(moves, len(self.scheduler.running))
+
+    def _drop(self, request_id: int) -> None:
+        self._alternatives.pop(request_id, None)
+        if self.drafter is not None:
+            self.drafter.drop(request_id)
 
 
 def _events(made: _Made) -> list[TokenEvent]:

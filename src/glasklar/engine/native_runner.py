@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, PackedModel, Packer, Quantisation, pack
 from glasklar.engine.paged import PAGE, PageCache
 from glasklar.engine.runner import Result
+from glasklar.engine.sampler import uniform
+from glasklar.engine.spill import Spill, SpillConfig
+from glasklar.errors import RequestError
 from glasklar.model.config import ModelConfig
 from glasklar.model.transformer import Transformer
 
@@ -36,8 +40,20 @@ def computed_by(network: Transformer) -> dict[str, str]:
     return {"ops": network.ops.name, "passes": "C++" if runs_native(network) else "torch"}
 
 
+@dataclass
+class _Ahead:
+    """States of a row's latest tokens [n, D], from position `start` on, that the draft module has not joined yet."""
+
+    start: int
+    states_TD: NDArray[np.float32]
+
+
 class NativeRunner:
-    """Runs a network (packed here, and again at `refresh`) or weights that are packed already."""
+    """Runs a network (packed here, and again at `refresh`) or weights that are packed already.
+
+    draft       with the model's module of multi-token prediction, if it has one
+    following   whether passes are followed by the module, so that it can guess; it costs about one layer more
+    """
 
     def __init__(
         self,
@@ -47,19 +63,43 @@ class NativeRunner:
         max_tokens: int,
         chunk_tokens: int = PASS_TOKENS,
         quantise: Quantisation | None = None,
+        draft: bool = False,
+        spill: SpillConfig | None = None,
     ) -> None:
         self.spare = max_slots  # where the cache keeps a prompt that is being read
         self.chunk_tokens = min(chunk_tokens, PASS_TOKENS)
         self._filled: int | None = None  # tokens of it that were read, and how many of them the cache had
         self._known = 0
         self.threads = torch.get_num_threads()
-        self.model, self.quantise = model, quantise
+        self.model, self.quantise, self.draft_wanted = model, quantise, draft
         self.network = self._network()
-        self.cache = PageCache(model.config, max_tokens=max_tokens, dtype=self.network.cache_dtype)
+        dtype = self.network.cache_dtype
+        self.cache = PageCache(
+            model.config,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            spill=None if spill is None else Spill(spill, self._layout()),
+        )
+        self.following = False
+        self._ahead: dict[int, _Ahead] = {}
+        # The module's cache has the same pages. What it holds of a page may be missing, or stem from another text that
+        # went on otherwise: then its guesses are worse, and no answer is different.
+        pages = self.cache.data.shape[1] if self.has_module else 1
+        size = dtype.itemsize * model.config.cache_width
+        self._module_cache = torch.from_numpy(np.zeros((1, pages, PAGE, size), np.uint8)).view(dtype)
 
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+    @property
+    def has_module(self) -> bool:
+        return self.network.model.draft is not None
+
+    def _layout(self) -> str:
+        """What determines the bytes of a cache page beside the weights themselves."""
+        kinds = sorted({matrix.kind for layer in self.network.model.layers for matrix in layer.matrices.values()})
+        return f"kinds {kinds} cache {self.network.cache_dtype} page {PAGE} {self.config.model_dump_json()}"
 
     def _network(self) -> NativeNetwork:
         compiled = library.best()
@@ -71,56 +111,78 @@ class NativeRunner:
             whole = dtype == "float32" and self.quantise is None
             parameters = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
             packer = Packer(compiled, KINDS[self.quantise or dtype], self.threads)
-            model = pack(model.config, parameters.__getitem__, packer)
+            model = pack(model.config, parameters.__getitem__, packer, draft=self.draft_wanted)
         return NativeNetwork(
             compiled, model, threads=self.threads, page=PAGE, max_tokens=PASS_TOKENS, float_cache=whole
         )
 
     def fill(self, prompt: Sequence[int], row: int) -> Result | None:
-        """Reads the next piece of a long prompt; after the last one it stands in `row` and its logits are returned."""
+        """Reads the next piece of a long prompt; after the last one it stands in `row` and its logits are returned.
+
+        Raises CapacityError where the cache has no room for the piece; nothing has changed then.
+        """
         if self._filled is None:
             self._filled = self._known = self.cache.begin(self.spare, prompt)
-        begin, self._filled = self._filled, min(self._filled + self.chunk_tokens, len(prompt))
-        end = self._filled
+        begin, end = self._filled, min(self._filled + self.chunk_tokens, len(prompt))
         self.cache.reach(self.spare, end)
+        self._filled = end
         positions = np.arange(begin, end, dtype=np.int32)
         outputs = np.array([end - 1 - begin] if end == len(prompt) else [], np.int32)
-        none = np.zeros(len(outputs))
-        ids = np.array(prompt[begin:end], np.int32)
-        logits, _, _ = self._run(ids, positions, np.full_like(positions, self.spare), outputs, none, none)
+        rows = np.full_like(positions, self.spare)
+        logits = self._read(np.array(prompt[begin:end], np.int32), positions, rows, outputs, {self.spare: prompt})
         if end < len(prompt):
             return None
         self.cache.publish(self.spare, prompt)
-        self.cache.move([(self.spare, row)])
+        self.move([(self.spare, row)])
         self._filled = None
         return Result(torch.from_numpy(logits), cached=[self._known])
 
-    def abandon(self) -> None:
-        """Drops the prompt that is being read."""
+    def abandon(self, prompt: Sequence[int]) -> None:
+        """Drops the prompt that is being read; what was read of it can be found again."""
         if self._filled is not None:
+            self.cache.publish(self.spare, prompt[: self._filled])
             self.cache.release(self.spare)
+            self._ahead.pop(self.spare, None)
             self._filled = None
 
     def fit(self, rows: int, length: int, keep: int) -> None:
         """Nothing to do: rows take pages as they grow."""
 
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Gives each row pages for so many tokens. Raises CapacityError where they are used up."""
+        for row, length in enumerate(lengths):
+            self.cache.reach(row, length)
+
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Rows change their numbers (from, to)."""
         self.cache.move(moves)
+        for source, target in moves:
+            self._ahead.pop(target, None)
+            if (ahead := self._ahead.pop(source, None)) is not None:
+                self._ahead[target] = ahead
 
     def release(self, row: int, tokens: Sequence[int]) -> None:
         """A request has ended; what the cache holds of it is `tokens`, for later prompts to find."""
         self.cache.publish(row, tokens)
         self.cache.release(row)
+        self._ahead.pop(row, None)
 
     def clear_from(self, row: int) -> None:
         """Nothing to do: a position is written before it is read."""
 
     def refresh(self) -> None:
-        """Takes over weights that changed in place."""
+        """Takes over weights that changed in place. Refused where pages go to disk: they belong to these weights."""
+        if self.cache.spill is not None:
+            raise RequestError(
+                "refresh: the cache is kept on disk for the weights as they were; make an engine without `spill`"
+            )
         if isinstance(self.model, Transformer):
             self.network = self._network()
         self.cache.forget()
+
+    def close(self) -> None:
+        """Writes what is worth keeping to disk, if that is wanted."""
+        self.cache.keep()
 
     def prefill(self, prompts: Sequence[Sequence[int]], start: int) -> Result:
         """Runs prompts into the rows from `start` on. Returns logits after each prompt [n, W]. Equal prompts (several
@@ -136,13 +198,14 @@ class NativeRunner:
             self.cache.reach(row, len(prompt))
             tokens += [(prompt[p], p, row) for p in range(had, len(prompt))]
         ends = {(len(prompt) - 1, first[place]): place for place, prompt in enumerate(once)}
+        texts = {first[place]: prompt for place, prompt in enumerate(once)}
         logits_BW = torch.empty(len(once), self.config.vocab_size)
         for begin in range(0, len(tokens), PASS_TOKENS):
             part = tokens[begin : begin + PASS_TOKENS]
             wanted = [(i, ends[p, row]) for i, (_, p, row) in enumerate(part) if (p, row) in ends]
             ids, positions, rows = (np.array(column, np.int32) for column in zip(*part, strict=True))
             outputs = np.array([i for i, _ in wanted], np.int32)
-            logits, _, _ = self._run(ids, positions, rows, outputs, np.zeros(len(wanted)), np.zeros(len(wanted)))
+            logits = self._read(ids, positions, rows, outputs, texts)
             for found, (_, place) in zip(logits, wanted, strict=True):
                 logits_BW[place] = torch.from_numpy(found)
         for place, prompt in enumerate(once):
@@ -152,6 +215,8 @@ class NativeRunner:
             if row != first[place]:
                 self.cache.fork(first[place], row, len(once[place]))
                 known[row - start] = len(once[place])
+                if (ahead := self._ahead.get(first[place])) is not None:
+                    self._ahead[row] = ahead
         return Result(logits_BW[places] if len(once) < len(prompts) else logits_BW, cached=known)
 
     def decode(
@@ -161,31 +226,111 @@ class NativeRunner:
         uniform: NDArray[np.float64],
         guesses: Sequence[Sequence[int]] = (),
     ) -> Result:
-        """Runs the last token of every row, each followed by its guesses. Returns logits of the next ones, and tokens
-        drawn from them: an output for every token that is run, row by row."""
+        """Runs the last token of every row, each followed by its guesses; `reserve` has made room for them. Returns
+        logits of the next ones, and tokens drawn from them: an output for every token that is run, row by row."""
         n = rows.n
+        counts = [1 + len(guess) for guess in guesses] or [1] * n
         sequences, ids = np.arange(n, dtype=np.int32), rows.last[:n].astype(np.int32)
         positions = (rows.length[:n] - 1).astype(np.int32)
         if guesses:
-            counts = [1 + len(guess) for guess in guesses]
             ids = np.array(
                 [t for last, guess in zip(ids.tolist(), guesses, strict=True) for t in (last, *guess)], np.int32
             )
             places = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
             sequences, positions = np.repeat(sequences, counts), np.repeat(positions, counts) + places
-            for row, count in enumerate(counts):
-                self.cache.reach(row, int(rows.length[row]) - 1 + count)
-        for row in np.flatnonzero((rows.length[:n] - 1) % PAGE == 0).tolist():
-            self.cache.reach(row, int(rows.length[row]))
+        hidden = np.empty((len(ids), self.config.hidden_size), np.float32) if self.following else None
         parts = []
         for begin in range(0, len(ids), PASS_TOKENS):
             part = slice(begin, min(begin + PASS_TOKENS, len(ids)))
             outputs = np.arange(part.stop - begin, dtype=np.int32)
+            states = None if hidden is None else hidden[part]
             parts.append(
-                self._run(ids[part], positions[part], sequences[part], outputs, temperature[part], uniform[part])
+                self._run(
+                    ids[part], positions[part], sequences[part], outputs, temperature[part], uniform[part], states
+                )
             )
+        if hidden is not None:
+            self._stand(rows, counts, hidden)
+        else:
+            self._ahead.clear()
         logits, tokens, logprobs = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Result(torch.from_numpy(logits), tokens.astype(np.int64), logprobs)
+
+    def _stand(self, rows: Rows, counts: Sequence[int], hidden_TD: NDArray[np.float32]) -> None:
+        """Keeps the states of the tokens that were run; those of guesses that fall are left out when they are used."""
+        ends = np.cumsum(counts).tolist()
+        for row, (end, count) in enumerate(zip(ends, counts, strict=True)):
+            self._ahead[row] = _Ahead(int(rows.length[row]) - 1, hidden_TD[end - count : end])
+
+    def draft(self, rows: Rows, most: Sequence[int]) -> list[list[int]]:
+        """Up to so many tokens for each row that the module thinks will come next, drawn with the numbers with which
+        the model will draw. None for a row whose states are not at hand."""
+        guesses: list[list[int]] = [[] for _ in range(rows.n)]
+        ready = {row: ahead for row, ahead in self._ahead.items() if ahead.start < rows.length[row] - 1}
+        self._ahead.clear()
+        going = [row for row in range(rows.n) if most[row] > 0 and row in ready]
+        if not going:
+            return guesses
+        ids, positions, owners, states = [], [], [], []
+        for row in going:
+            ahead = ready[row]
+            count = int(rows.length[row]) - 1 - ahead.start  # states whose next token is known
+            made = int(rows.made[row])
+            ids += rows.tokens[row, made - count : made].tolist()
+            positions += range(ahead.start, ahead.start + count)
+            owners += [row] * count
+            states.append(ahead.states_TD[:count])
+        ends = np.array([i for i, row in enumerate(owners) if i + 1 == len(owners) or owners[i + 1] != row], np.int32)
+        chosen, hidden = self._module(ids, positions, owners, np.concatenate(states), ends, rows, depth=0)
+        for depth in range(1, max(most) + 1):
+            for row, token in zip(going, chosen, strict=True):
+                guesses[row].append(token)
+            again = [i for i, row in enumerate(going) if most[row] > depth]
+            if not again:
+                break
+            going, states_TD = [going[i] for i in again], hidden[again]
+            places = [int(rows.length[row]) - 2 + depth for row in going]
+            last = np.arange(len(going), dtype=np.int32)
+            tokens = [guesses[row][-1] for row in going]
+            chosen, hidden = self._module(tokens, places, going, states_TD, last, rows, depth=depth)
+        return guesses
+
+    def _module(
+        self, ids: Sequence[int], positions: Sequence[int], owners: Sequence[int], states_TD: NDArray[np.float32],
+        outputs: NDArray[np.int32], rows: Rows | None, depth: int,
+    ) -> tuple[list[int], NDArray[np.float32]]:  # fmt: skip
+        """A pass of the module: the tokens it draws at `outputs`, and its own states there."""
+        count = len(outputs)
+        temperature, numbers = np.zeros(count), np.zeros(count)
+        if rows is not None and count:
+            wanted = np.array(owners)[outputs]
+            temperature, numbers = rows.temperature[wanted], uniform(rows.seed[wanted], rows.length[wanted] + depth)
+        hidden = np.empty_like(states_TD)
+        columns = (np.array(column, np.int32) for column in (ids, positions, owners))
+        _, chosen, _ = self.network.run(
+            self._module_cache, *columns, self.cache.tables, outputs, temperature.astype(np.float32), numbers,
+            states=np.ascontiguousarray(states_TD), hidden=hidden,
+        )  # fmt: skip
+        return chosen.tolist(), hidden[outputs]
+
+    def _read(
+        self, ids: NDArray[np.int32], positions: NDArray[np.int32], rows: NDArray[np.int32],
+        outputs: NDArray[np.int32], texts: Mapping[int, Sequence[int]],
+    ) -> NDArray[np.float32]:  # fmt: skip
+        """Runs tokens of prompts, which the rows' `texts` are; returns logits at `outputs`. The module follows."""
+        none = np.zeros(len(outputs))
+        hidden = np.empty((len(ids), self.config.hidden_size), np.float32) if self.following else None
+        logits, _, _ = self._run(ids, positions, rows, outputs, none, none, hidden)
+        if hidden is None:
+            return logits
+        known = [i for i, (p, row) in enumerate(zip(positions, rows, strict=True)) if p + 1 < len(texts[row])]
+        nexts = [texts[rows[i]][positions[i] + 1] for i in known]
+        if known:
+            nowhere = np.zeros(0, np.int32)
+            self._module(nexts, positions[known], rows[known], hidden[known], nowhere, None, depth=0)
+        for i in outputs.tolist():
+            self._ahead[int(rows[i])] = _Ahead(int(positions[i]), hidden[i : i + 1])
+        return logits
 
     def _run(
         self,
@@ -195,7 +340,9 @@ class NativeRunner:
         outputs: NDArray[np.int32],
         temperature: NDArray[np.float64],
         uniform: NDArray[np.float64],
+        hidden: NDArray[np.float32] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
         return self.network.run(
-            self.cache.data, ids, positions, rows, self.cache.tables, outputs, temperature.astype(np.float32), uniform
-        )
+            self.cache.data, ids, positions, rows, self.cache.tables, outputs, temperature.astype(np.float32), uniform,
+            hidden=hidden,
+        )  # fmt: skip

@@ -1,8 +1,10 @@
 """The cache of the C++ pass: pages of a few tokens, shared between requests that begin alike.
 
 A row (a running request) has a table of pages. Full pages are known by a hash of all tokens up to their end, so that a
-prompt that begins like an earlier one, or goes on from its answer, finds them again. Pages that only the index holds
-are given up when room is needed, the longest unused first. What is found is bit for bit what would be computed.
+prompt that begins like an earlier one, or goes on from its answer, finds them again: the index is a radix tree whose
+edges are pages. Pages that only the index holds are idle, and given up when room is needed: the longest unused first,
+of one text its end first, so that whatever is kept can be reached. They may go to disk (`spill.py`). What is found is
+bit for bit what would be computed.
 """
 
 from __future__ import annotations
@@ -15,20 +17,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from glasklar.engine.spill import Spill
 from glasklar.errors import CapacityError
 from glasklar.model.config import ModelConfig
 
 PAGE = 16
+# Room that is set aside for what a request will make: it must not be admitted to give way at once.
+AHEAD = 256
 # Memory for pages that no running request uses, kept for prompts to come.
 KEPT_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageRoom:
-    """Room of a cache of pages, of which every request takes what it needs."""
+    """Room of a cache of pages, of which every request takes what it needs. Room for all that it may come to need is
+    not set aside: where the pages are used up, the weakest request gives way for a while."""
 
     max_slots: int
     max_tokens: int
+
+    def share(self, length: int, most: int) -> int:
+        return min(most, length + AHEAD)
 
     def fits(self, count: int, longest: int, total: int) -> bool:
         # Each request may leave a page half empty.
@@ -36,10 +45,13 @@ class PageRoom:
 
 
 class PageCache:
-    """[L, pages, PAGE, width]; memory is taken by the system page by page as it is written."""
+    """[L, pages, PAGE, width]; memory is taken by the system page by page as it is written.
 
-    def __init__(self, config: ModelConfig, *, max_tokens: int, dtype: torch.dtype) -> None:
-        self.max_tokens = max_tokens
+    spill   where idle pages go that are given up
+    """
+
+    def __init__(self, config: ModelConfig, *, max_tokens: int, dtype: torch.dtype, spill: Spill | None = None) -> None:
+        self.max_tokens, self.spill = max_tokens, spill
         count = max_tokens // PAGE
         size = torch.tensor([], dtype=dtype).element_size()
         try:
@@ -47,13 +59,15 @@ class PageCache:
         except MemoryError:
             gigabytes = config.num_hidden_layers * max_tokens * config.cache_width * size / 1e9
             raise CapacityError(f"the cache needs {gigabytes:.1f} GB; lower max_tokens = {max_tokens}") from None
+        self._memory = memory
         self.data = torch.from_numpy(memory).view(dtype)
         self.tables = np.zeros((0, 8), np.int32)
         self._held = np.zeros(0, np.int64)  # pages of each row
         self._users = np.zeros(count, np.int32)  # rows and the index
         self._free = list(range(count - 1, -1, -1))
-        self._index: OrderedDict[bytes, int] = OrderedDict()
+        self._index: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the longest unused first
 
     @property
     def bytes_per_token(self) -> int:
@@ -77,14 +91,15 @@ class PageCache:
         for key in _keys(prompt[: len(prompt) - 1]):
             page = self._index.get(key)
             if page is None:
+                page = self._restore(key)
+            if page is None:
                 break
-            self._index.move_to_end(key)
             self._take(row, page)
             known += PAGE
         return known
 
     def reach(self, row: int, length: int) -> None:
-        """Gives the row pages for `length` tokens."""
+        """Gives the row pages for `length` tokens. Raises CapacityError where none are left; it may go on later."""
         while self._held[row] * PAGE < length:
             self._take(row, self._new_page())
 
@@ -102,7 +117,6 @@ class PageCache:
         """Makes the row's full pages, which hold `tokens`, known to later prompts."""
         for i, key in enumerate(_keys(tokens)):
             if key in self._index:
-                self._index.move_to_end(key)
                 continue
             page = int(self.tables[row, i])
             if page in self._keys:  # known under another key: cannot be, a page is written once
@@ -111,36 +125,48 @@ class PageCache:
             self._users[page] += 1
 
     def release(self, row: int) -> None:
-        """Closes a row, if it is open."""
+        """Closes a row, if it is open. Its last page becomes idle first: a text without its end can still be found."""
         if row >= len(self._held):
             return
-        for page in self.tables[row, : self._held[row]].tolist():
+        for page in reversed(self.tables[row, : self._held[row]].tolist()):
             self._drop(page)
         self._held[row] = 0
-        while len(self._index) * PAGE * self.bytes_per_token > KEPT_BYTES and self._forget_one():
-            pass
+        while len(self._idle) * PAGE * self.bytes_per_token > KEPT_BYTES:
+            self._give_up()
 
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Renames rows (from, to); `to` is closed, `from` will be."""
         for source, target in moves:
+            self._rows(target + 1)
             self.tables[target], self._held[target] = self.tables[source], self._held[source]
             self._held[source] = 0
 
     def forget(self) -> None:
         """Empties the index: the weights have changed."""
-        for page in self._index.values():
-            self._drop(page)
+        pages = list(self._index.values())
         self._index.clear()
         self._keys.clear()
+        self._idle.clear()
+        for page in pages:
+            self._drop(page)
+
+    def keep(self) -> None:
+        """Writes the idle pages to disk, for the next start; they stay here, too."""
+        if self.spill is not None:
+            for page in self._idle:
+                self._write(page)
 
     def check(self) -> None:
-        """Raises AssertionError unless every page is held as often as it is counted."""
+        """Raises AssertionError unless pages are held as often as counted, and idle where only the index does."""
         counted = np.zeros_like(self._users)
         for row, held in enumerate(self._held):
             np.add.at(counted, self.tables[row, :held], 1)
         np.add.at(counted, list(self._index.values()), 1)
         assert np.array_equal(counted, self._users), "pages are held and counted differently"
         assert sorted(self._free) == np.flatnonzero(counted == 0).tolist(), "free pages are in use, or lost"
+        idle = sorted(page for page in self._keys if counted[page] == 1)
+        assert sorted(self._idle) == idle, "idle pages are in use, or lost"
+        assert {key: page for page, key in self._keys.items()} == self._index, "pages and keys do not match"
 
     def _rows(self, count: int) -> None:
         if count > len(self._held):
@@ -155,25 +181,45 @@ class PageCache:
         self.tables[row, held] = page
         self._held[row] += 1
         self._users[page] += 1
+        self._idle.pop(page, None)
 
     def _drop(self, page: int) -> None:
         self._users[page] -= 1
         if self._users[page] == 0:
             self._free.append(page)
+        elif self._users[page] == 1 and page in self._keys:
+            self._idle[page] = None
 
     def _new_page(self) -> int:
-        if not self._free and not self._forget_one():
-            raise CapacityError(f"all {self.max_tokens} tokens of the cache are in use; raise max_tokens")
+        if not self._free:
+            if not self._idle:
+                raise CapacityError(f"all {self.max_tokens} tokens of the cache are in use; raise max_tokens")
+            self._give_up()
         return self._free.pop()
 
-    def _forget_one(self) -> bool:
-        """Gives up the page that is unused for the longest time; False if all are in use."""
-        for key, page in self._index.items():
-            if self._users[page] == 1:
-                del self._index[key], self._keys[page]
-                self._drop(page)
-                return True
-        return False
+    def _give_up(self) -> None:
+        """Frees the page that is idle for the longest time."""
+        page, _ = self._idle.popitem(last=False)
+        self._write(page)
+        del self._index[self._keys.pop(page)]
+        self._drop(page)
+
+    def _write(self, page: int) -> None:
+        if self.spill is not None:
+            self.spill.write(self._keys[page], np.ascontiguousarray(self._memory[:, page]).tobytes())
+
+    def _restore(self, key: bytes) -> int | None:
+        """A page from disk; None where it is not there, or no room is."""
+        if self.spill is None or not (self._free or self._idle):
+            return None
+        data = self.spill.read(key, self._memory[:, 0].nbytes)
+        if data is None:
+            return None
+        page = self._new_page()
+        self._memory[:, page] = np.frombuffer(data, np.uint8).reshape(self._memory[:, page].shape)
+        self._index[key], self._keys[page] = page, key
+        self._users[page] = 1
+        return page
 
 
 def _keys(tokens: Sequence[int]) -> list[bytes]:

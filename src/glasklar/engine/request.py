@@ -78,6 +78,7 @@ class Request:
     guide      what may come next, beside the model
     cached     prompt tokens that the cache had already
     drafted    tokens guessed ahead for it so far, of which the model confirmed those `accepted`
+    answer     what was made, with its log-probabilities, when the request had to give way; it goes on from there
     """
 
     id: int
@@ -90,6 +91,13 @@ class Request:
     drafted: int = 0
     accepted: int = 0
     state: State = "waiting"
+    answer: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def text(self) -> list[int]:
+        """What must be read before the next token can be made."""
+        return self.prompt + self.answer
 
     @property
     def special(self) -> bool:

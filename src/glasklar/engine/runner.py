@@ -62,8 +62,14 @@ class Runner:
         """Reads all of a prompt; slots know no pieces."""
         return self.prefill([prompt], row)
 
-    def abandon(self) -> None:
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Nothing to do: `fit` has made room."""
+
+    def abandon(self, prompt: Sequence[int]) -> None:
         """Nothing to do: no prompt is ever half read."""
+
+    def close(self) -> None:
+        """Nothing to do: slots are not kept."""
 
     def refresh(self) -> None:
         """The weights have changed; they are read anew at every pass."""
