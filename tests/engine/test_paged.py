@@ -1,4 +1,4 @@
-"""Pages of the cache alone: nothing lost, nothing written that is shared, bytes counted. With requests: test_mixes.py."""
+"""Pages of the cache alone: nothing lost, nothing written that is shared, bytes counted. With requests: test_mixes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from glasklar.engine import paged
 from glasklar.engine.paged import PAGE, PageCache, PageRoom
 from glasklar.errors import CapacityError
 from glasklar.model.config import ModelConfig
+from glasklar.model.shapes import load_shape
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 192, "intermediate_size": 48, "initializer_range": 0.3}  # fmt: skip
@@ -103,18 +104,11 @@ def test_room_counts_a_page_that_each_request_leaves_half_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "fields", "wanted"),
-    [
-        (61, {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}, 70_272),  # V3
-        (27, {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}, 31_104),
-        (126, {"num_key_value_heads": 8, "head_dim": 128}, 516_096),  # Llama 3.1 405B
-    ],
+    ("shape", "wanted"), [("deepseek-v3", 70_272), ("deepseek-v2-lite", 31_104), ("llama-3.1-405b", 516_096)]
 )
-def test_bytes_per_token_of_published_shapes(layers: int, fields: dict[str, int], wanted: int) -> None:
+def test_bytes_per_token_of_published_shapes(shape: str, wanted: int) -> None:
     """Counted in the cache's own memory."""
-    shape = {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 8, "intermediate_size": 8}
-    config = ModelConfig(**shape, **fields, num_hidden_layers=layers)
-    pages = PageCache(config, max_tokens=4 * PAGE, dtype=torch.bfloat16)
+    pages = PageCache(load_shape(shape).config, max_tokens=4 * PAGE, dtype=torch.bfloat16)
     assert pages.bytes_per_token == wanted
     assert pages.data.untyped_storage().nbytes() == 4 * PAGE * wanted
     opened(pages, 0, [1] * (PAGE + 1))

@@ -271,7 +271,10 @@ class NativeRunner:
         going = [row for row in range(rows.n) if most[row] > 0 and row in ready]
         if not going:
             return guesses
-        ids, positions, owners, states = [], [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        owners: list[int] = []
+        states = []
         for row in going:
             ahead = ready[row]
             count = int(rows.length[row]) - 1 - ahead.start  # states whose next token is known
@@ -301,14 +304,17 @@ class NativeRunner:
     ) -> tuple[list[int], NDArray[np.float32]]:  # fmt: skip
         """A pass of the module: the tokens it draws at `outputs`, and its own states there."""
         count = len(outputs)
-        temperature, numbers = np.zeros(count), np.zeros(count)
+        heat, numbers = np.zeros(count, np.float32), np.zeros(count)
         if rows is not None and count:
             wanted = np.array(owners)[outputs]
-            temperature, numbers = rows.temperature[wanted], uniform(rows.seed[wanted], rows.length[wanted] + depth)
+            heat, numbers = (
+                rows.temperature[wanted].astype(np.float32),
+                uniform(rows.seed[wanted], rows.length[wanted] + depth),
+            )
         hidden = np.empty_like(states_TD)
-        columns = (np.array(column, np.int32) for column in (ids, positions, owners))
+        tokens, places, owned = (np.array(column, np.int32) for column in (ids, positions, owners))
         _, chosen, _ = self.network.run(
-            self._module_cache, *columns, self.cache.tables, outputs, temperature.astype(np.float32), numbers,
+            self._module_cache, tokens, places, owned, self.cache.tables, outputs, heat, numbers,
             states=np.ascontiguousarray(states_TD), hidden=hidden,
         )  # fmt: skip
         return chosen.tolist(), hidden[outputs]
@@ -327,7 +333,7 @@ class NativeRunner:
         nexts = [texts[rows[i]][positions[i] + 1] for i in known]
         if known:
             nowhere = np.zeros(0, np.int32)
-            self._module(nexts, positions[known], rows[known], hidden[known], nowhere, None, depth=0)
+            self._module(nexts, positions[known].tolist(), rows[known].tolist(), hidden[known], nowhere, None, depth=0)
         for i in outputs.tolist():
             self._ahead[int(rows[i])] = _Ahead(int(positions[i]), hidden[i : i + 1])
         return logits
