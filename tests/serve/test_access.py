@@ -214,7 +214,7 @@ def test_a_rate_and_a_spent_quota_are_answered_with_429_and_when_to_come_again(a
 
     async def scene() -> None:
         async with client_of(door) as client:
-            replies = [await client.get("/health", headers=bearer(secret)) for _ in range(3)]
+            replies = [await client.get("/v1/models", headers=bearer(secret)) for _ in range(3)]
             assert [reply.status_code for reply in replies] == [200, 200, 429]
             assert 1 <= int(replies[2].headers["retry-after"]) <= 30
             assert replies[2].json()["error"]["code"] == "rate_limit_exceeded"
@@ -265,7 +265,9 @@ def test_the_log_has_a_line_a_request_and_no_prompts_unless_asked(access: Access
         door = Door(access=access, key_required=True, log=AccessLog(to=written, bodies=bodies))
         ask(door, "POST", "/v1/chat/completions?q=SECRET", headers=bearer(secret), content=b'{"messages": "PROMPT\\n"}')
         ask(door, "GET", "/x%0a{forged}", headers=bearer("wrong"))
-        first, second = map(json.loads, written.getvalue().splitlines())
+        ask(door, "GET", "/health", headers={"host": "evil.example"})
+        first, second, third = map(json.loads, written.getvalue().splitlines())
+        assert third["status"] == 403
         assert (first["key"], first["method"], first["path"], first["status"]) == (
             "Ada", "POST", "/v1/chat/completions", 400,
         )  # fmt: skip

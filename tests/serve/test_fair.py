@@ -43,7 +43,7 @@ def test_places_are_shared_evenly_between_keys_that_all_wait() -> None:
 
 
 def test_a_key_leaves_places_to_others_however_much_it_asks() -> None:
-    queue = FairQueue(64, alone=False)
+    queue = FairQueue(64, alone=lambda: False)
     for number in range(300):
         queue.add(Ticket(number=number, key="greedy"))
     assert len(taken(queue, 300)) == 43  # two thirds: it may hold twice what it leaves free
@@ -62,7 +62,7 @@ def test_one_who_is_removed_is_not_served() -> None:
 
 @pytest.mark.parametrize("places", [1, 2, 7, 64])
 def test_places_are_never_exceeded_and_nobody_is_forgotten(places: int) -> None:
-    chance, queue = random.Random(places), FairQueue(places, alone=False)
+    chance, queue = random.Random(places), FairQueue(places, alone=lambda: False)
     running: list[Ticket] = []
     served, added = set(), 0
     for _ in range(3000):

@@ -80,6 +80,11 @@ class PageCache:
         return len(self._users) - len(self._free)
 
     @property
+    def pages_of_rows(self) -> int:
+        """Places for pages in the rows' tables; a page that two rows share counts twice."""
+        return int(self._held.sum())
+
+    @property
     def bytes_allocated(self) -> int:
         return self.pages_used * PAGE * self.bytes_per_token
 

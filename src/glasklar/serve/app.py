@@ -23,6 +23,7 @@ from glasklar.serve.chat import collect, stream
 from glasklar.serve.gate import Door
 from glasklar.serve.guard import error_body
 from glasklar.serve.routes_audit import add_audit_routes
+from glasklar.serve.routes_engine import add_engine_routes
 from glasklar.serve.routes_page import add_page_routes
 from glasklar.serve.schema import ChatRequest
 from glasklar.serve.service import ModelService
@@ -40,6 +41,7 @@ def create_app(backend: Backend, door: Door | None = None) -> FastAPI:
     add_page_routes(app, backend)
     _api(app, backend)
     add_audit_routes(app, backend)
+    add_engine_routes(app, backend)
     return app
 
 
@@ -47,12 +49,6 @@ def _api(app: FastAPI, backend: Backend) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> dict[str, Any]:
-        service = backend.ready()
-        await service.ready()
-        return {"status": "ok", "model": service.name}
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:

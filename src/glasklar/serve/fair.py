@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -28,10 +29,10 @@ class Ticket:
 class FairQueue:
     """Gives `places` to those that wait: to the key that holds the fewest, of its requests the first in line.
 
-    alone   whether there is one key only, which may then hold all places
+    alone   whether there is one key only at the moment, which may then hold all places
     """
 
-    def __init__(self, places: int, *, alone: bool = True) -> None:
+    def __init__(self, places: int, *, alone: Callable[[], bool] = lambda: True) -> None:
         self.places, self.alone = places, alone
         self._waiting: dict[str, list[Ticket]] = {}
         self._held: Counter[str] = Counter()
@@ -50,7 +51,10 @@ class FairQueue:
     def take(self) -> Ticket | None:
         """The next one to run, which now holds a place; None if nobody may."""
         free = self.places - self.running
-        able = [key for key in self._waiting if may_take(self._held[key], free, self.alone)]
+        if not self._waiting or free <= 0:
+            return None
+        alone = self.alone()
+        able = [key for key in self._waiting if may_take(self._held[key], free, alone)]
         if not able:
             return None
         key = min(able, key=lambda k: (self._held[k], self._waiting[k][0].number))

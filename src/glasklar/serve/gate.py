@@ -21,6 +21,8 @@ from glasklar.serve.fair import may_take
 from glasklar.serve.guard import LOOPBACK, Guard, Headers, error_body, reply, values
 from glasklar.serve.limits import Limits
 
+VISIT = "glasklar.visit"  # where the gate leaves in the scope whose request it is
+API = ("/v1/", "/anthropic/")
 LOGGED_BODY = 1 << 16  # most bytes of a body that are logged where that is asked for
 
 
@@ -44,15 +46,10 @@ class Gate:
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        access: Access | None = None,
-        required: bool = False,
-        limits: Limits | None = None,
-        log: AccessLog | None = None,
+        self, app: ASGIApp, access: Access | None = None, required: bool = False, limits: Limits | None = None
     ) -> None:
         assert access is not None or not required, "without keys none can be required"
-        self.app, self.access, self.required, self.log = app, access, required, log
+        self.app, self.access, self.required = app, access, required
         self.limits = limits or Limits()
         self.rate = Rate()
         self.held: Counter[str] = Counter()
@@ -61,46 +58,45 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        passage = _Passage(scope, self.log)
         try:
             key = self._key(scope["headers"])
         except RecordError as error:
-            await reply(passage.sending(send), 503, error_body(str(error), "server_error", code="unavailable"))
-            passage.end(Visit())
+            await reply(send, 503, error_body(str(error), "server_error", code="unavailable"))
+            return
+        if key is None and self.required:
+            await _unauthorised(send)
             return
         visit = Visit(access=self.access)
         if key is not None:
             visit = Visit(access=self.access, key=key.id, name=key.name, quota=key.tokens_per_day)
+        scope[VISIT] = visit
         with visiting(visit):
-            try:
-                if key is None and self.required:
-                    await _unauthorised(passage.sending(send))
-                else:
-                    await self._let_in(scope, passage.receiving(receive), passage.sending(send), key, visit)
-            finally:
-                visit.settle()
-                passage.end(visit)
+            await self._let_in(scope, receive, send, key, visit)
 
     def _key(self, headers: Headers) -> Key | None:
         secret = secret_of(headers)
         return None if secret is None or self.access is None else self.access.find(secret)
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send, key: Key | None, visit: Visit) -> None:
+        work = scope["method"] == "POST"
         try:
-            self._check_rate(key)
-            if scope["method"] != "POST":
-                await self.app(scope, receive, send)
-                return
-            visit.check()
-            self._take_place(visit.key)
+            if work or scope["path"].startswith(API):  # the page looks often, and that costs nothing
+                self._check_rate(key)
+            if work:
+                visit.check()
+                self._take_place(visit.key)
         except BusyError as error:
             await _busy(send, error)
+            return
+        if not work:
+            await self.app(scope, receive, send)
             return
         try:
             if self.access is not None:
                 self.access.count(visit.key, requests=1)
             await self.app(scope, receive, send)
         finally:
+            visit.settle()
             self.held[visit.key] -= 1
             if not self.held[visit.key]:
                 del self.held[visit.key]
@@ -137,58 +133,48 @@ def secret_of(headers: Headers) -> str | None:
     return next((value.decode("latin-1") for value in values(headers, b"x-api-key")), None)
 
 
-class _Passage:
-    """What the log says of one request."""
+class Logged:
+    """ASGI middleware, the outermost: writes the line of each request, of those that are refused too."""
 
-    def __init__(self, scope: Scope, log: AccessLog | None) -> None:
-        self.scope, self.log = scope, log
-        self.begin = time.perf_counter()
-        self.status: int | None = None
-        self.sent = 0
-        self.body = bytearray()
+    def __init__(self, app: ASGIApp, log: AccessLog) -> None:
+        self.app, self.log = app, log
 
-    def receiving(self, receive: Receive) -> Receive:
-        if self.log is None or not self.log.bodies:
-            return receive
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status, sent, body = time.perf_counter(), None, 0, bytearray()
 
-        async def received() -> Message:
+        async def receiving() -> Message:
             message = await receive()
-            self.body += message.get("body", b"")[: LOGGED_BODY - len(self.body)]
+            if self.log.bodies:
+                body.extend(message.get("body", b"")[: LOGGED_BODY - len(body)])
             return message
 
-        return received
-
-    def sending(self, send: Send) -> Send:
-        if self.log is None:
-            return send
-
-        async def sent(message: Message) -> None:
+        async def sending(message: Message) -> None:
+            nonlocal status, sent
             if message["type"] == "http.response.start":
-                self.status = message["status"]
-            self.sent += len(message.get("body", b""))
+                status = message["status"]
+            sent += len(message.get("body", b""))
             await send(message)
 
-        return sent
-
-    def end(self, visit: Visit) -> None:
-        if self.log is None:
-            return
-        client = self.scope.get("client")
-        line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "client": client[0] if client else None,
-            "key": visit.name or None,
-            "method": self.scope["method"],
-            "path": self.scope["path"][:256],
-            "status": self.status,
-            "ms": round((time.perf_counter() - self.begin) * 1000, 1),
-            "bytes": self.sent,
-            "prompt_tokens": visit.prompt_tokens,
-            "completion_tokens": visit.completion_tokens,
-        }
-        if self.log.bodies:
-            line["body"] = self.body.decode(errors="replace")
-        self.log.write(line)
+        try:
+            await self.app(scope, receiving, sending)
+        finally:
+            visit, client = scope.get(VISIT) or Visit(), scope.get("client")
+            line = {
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "client": client[0] if client else None,
+                "key": visit.name or None,
+                "method": scope["method"],
+                "path": scope["path"][:256],
+                "status": status,
+                "ms": round((time.perf_counter() - begin) * 1000, 1),
+                "bytes": sent,
+                "prompt_tokens": visit.prompt_tokens,
+                "completion_tokens": visit.completion_tokens,
+            }
+            self.log.write(line | ({"body": body.decode(errors="replace")} if self.log.bodies else {}))
 
 
 async def _unauthorised(send: Send) -> None:
@@ -216,19 +202,18 @@ class Door:
     log: AccessLog | None = None
     limits: Limits = field(default_factory=Limits)
 
-    @property
     def alone(self) -> bool:
-        """Whether there is one caller only, who need not leave anything to others."""
+        """Whether there is one caller only at the moment, who need not leave anything to others."""
         return not callers_compete(self.access, self.key_required)
 
     def keep(self, app: Starlette) -> None:
-        """Puts both before an application."""
-        app.add_middleware(
-            Gate, access=self.access, required=self.key_required, limits=self.limits, log=self.log
-        )  # the last one added is the first to be asked
+        """Puts both before an application, and the log before them. The last one added is the first to be asked."""
+        app.add_middleware(Gate, access=self.access, required=self.key_required, limits=self.limits)
         app.add_middleware(
             Guard, hosts=self.hosts, any_address=self.any_address, origins=self.origins, limits=self.limits
         )
+        if self.log is not None:
+            app.add_middleware(Logged, log=self.log)
 
 
 def callers_compete(access: Access | None, key_required: bool) -> bool:

@@ -66,7 +66,10 @@ class Guard:
         send = _with_headers(send, open_to)
         refusal = self._refusal(headers, open_to)
         if refusal is not None:
-            await reply(send, *refusal, headers=[(b"connection", b"close")])
+            # What is wrongly framed has no next request. Otherwise the rest of a body is passed over, so that its
+            # sender gets to read this.
+            close = [(b"connection", b"close")] if refusal[0] == 400 else []
+            await reply(send, *refusal, headers=close)
         elif scope["method"] == "OPTIONS" and open_to is not None:
             await _preflight(headers, send)
         else:

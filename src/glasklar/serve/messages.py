@@ -53,7 +53,7 @@ class Cancel:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """Something else to be done with the model, between two steps: a function of `worker.CALLS` by its name."""
+    """Something else to be done with the model: a function of `worker.CALLS` or `worker.ASIDE` by its name."""
 
     id: int
     name: str

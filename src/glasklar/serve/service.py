@@ -8,7 +8,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +50,12 @@ Delivery = tuple[Waiter, TokenEvent | GlasklarError]
 class ModelService:
     """One model behind one engine. Made when the engine is ready, or an error is raised that says why it is not.
 
-    alone   whether there is one key only, which need not leave anything to others
+    alone   whether there is one key only at the moment, which need not leave anything to others
     """
 
-    def __init__(self, model: ModelFolder, limits: Limits | None = None, *, alone: bool = True) -> None:
+    def __init__(
+        self, model: ModelFolder, limits: Limits | None = None, *, alone: Callable[[], bool] = lambda: True
+    ) -> None:
         if model.tokenizer is None:
             raise CheckpointError(f"{model.folder}: has no tokenizer.json; use `glasklar generate --prompt-ids`")
         self.model, self.tokenizer, self.name = model, model.tokenizer, model.name
@@ -138,7 +140,7 @@ class ModelService:
             self._leave(waiter)
 
     async def call(self, name: str, **arguments: Any) -> dict[str, Any]:
-        """Something else done by the engine's process between two steps; see `worker.CALLS`.
+        """Something else done by the engine's process; see `worker.CALLS`.
 
         Raises BusyError where too many wait, CapacityError where the engine is lost or takes too long.
         """

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,7 @@ class Worker:
         self._ours: dict[int, int] = {}  # server's number -> engine's
         self._theirs: dict[int, int] = {}
         self._last_sign = 0.0
+        self._aside = ThreadPoolExecutor(1, "aside")
 
     def prepare(self, message: Message) -> Task:
         """What is to be done between two steps. Called from the inbox's thread: a grammar takes its time to compile."""
@@ -148,10 +150,16 @@ class Worker:
             self.send(Tokens(events=events))
 
     def _call(self, message: Call) -> None:
+        if message.name in ASIDE:
+            self._aside.submit(self._answer, message, ASIDE)
+        else:
+            self._answer(message, CALLS)
+
+    def _answer(self, message: Call, calls: Calls) -> None:
         try:
-            if message.name not in CALLS:
-                raise RequestError(f"no call {message.name!r}; there are {', '.join(CALLS)}")
-            self.send(Reply(id=message.id, result=CALLS[message.name](self, **message.arguments)))
+            if message.name not in calls:
+                raise RequestError(f"no call {message.name!r}; there are {', '.join([*CALLS, *ASIDE])}")
+            self.send(Reply(id=message.id, result=calls[message.name](self, **message.arguments)))
         except GlasklarError as error:
             self.send(Reply(id=message.id, error=error))
         except Exception as error:  # it only looks: running requests need not suffer from its faults
@@ -164,13 +172,19 @@ class Worker:
 
 def counters(worker: Worker) -> dict[str, Any]:
     """What the engine has done, and what it holds."""
+    from glasklar.engine.paged import PageCache
+
     engine = worker.engine
     cache = engine.runner.cache
+    pages = (
+        {"pages": cache.pages_used, "pages_of_requests": cache.pages_of_rows} if isinstance(cache, PageCache) else {}
+    )
     return {
         **vars(engine.stats),
         "pid": os.getpid(),
         "rss_bytes": resident_bytes(os.getpid()),
         "cache_bytes": cache.bytes_allocated,
+        **pages,
         "running": len(engine.scheduler.present),
         "waiting": len(engine.scheduler.waiting),
     }
@@ -183,7 +197,10 @@ def inspect(worker: Worker, ids: list[int], first: int) -> dict[str, Any]:
     return look(worker.model, ids, first)
 
 
-CALLS: dict[str, Callable[..., dict[str, Any]]] = {"counters": counters, "inspect": inspect}
+Calls = dict[str, Callable[..., dict[str, Any]]]
+# Between two steps of the engine; and beside them, by a thread of their own, where they take their time.
+CALLS: Calls = {"counters": counters}
+ASIDE: Calls = {"inspect": inspect}
 
 
 # --- the process -------------------------------------------------------------------------------------------------
@@ -213,8 +230,11 @@ def main() -> None:
 def run(channel: socket.socket) -> None:
     """Answers until the other end closes."""
 
+    sending = threading.Lock()
+
     def send(message: Message) -> None:
-        channel.sendall(frame(message))
+        with sending:
+            channel.sendall(frame(message))
 
     frames = Frames()
     first = _first(channel, frames)
