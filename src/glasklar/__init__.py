@@ -5,7 +5,7 @@
     run = glasklar.train("spark", run="runs/spark")              # a recipe, carried out or resumed
     model = glasklar.load(run)                                   # a run, a Hugging Face folder, or the name of a run
     model.logits([1, 2, 3])                                      # fp32, [T, W]
-    glasklar.Engine(model.weights).generate([[1, 2, 3]], glasklar.SamplingParams(max_tokens=8))
+    glasklar.Engine(model.network).generate([[1, 2, 3]], glasklar.SamplingParams(max_tokens=8))
     glasklar.evaluate(model)                                     # accuracy on its own tasks, unseen problems
     glasklar.plan("deepseek-v3", hardware="h800", tokens=14.8e12).hours
     glasklar.verify(run).verdict                                 # "holds" or "fails"; str() of it says what and why

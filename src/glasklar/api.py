@@ -77,7 +77,7 @@ def evaluate(model: Model, *, split: str = "test", problems: int = 128, samples:
 
     def scores(hard: bool, modes: bool, samples: int) -> dict[str, Any]:
         return evaluate_tasks(
-            Engine(model.weights),
+            Engine(model.network),
             speaking(model),
             Mixture.of(recipe.tasks, hard=hard),
             split=cast(Split, split),
@@ -121,7 +121,7 @@ def generate(
         ids = render(speaking(model), [Message(role="user", content=cast(str, prompt))], None)
     stop = () if model.tokenizer is None else model.tokenizer.stop_ids
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_ids=stop)
-    [completion] = Engine(model.weights, max_slots=1).generate([ids], params)
+    [completion] = Engine(model.network, max_slots=1).generate([ids], params)
     reply = None if model.tokenizer is None else parse(model.tokenizer, completion.ids, None)
     answer: dict[str, Any] = {
         "ids": completion.ids,
@@ -134,7 +134,7 @@ def generate(
         answer["receipt"] = make_receipt(
             signer,
             model=model_root(model.folder),
-            engine=engine_identity({**runtime.describe(), **computed_by(model.weights)}),
+            engine=engine_identity({**runtime.describe(), **computed_by(model.network)}),
             prompt=ids,
             sampling=asdict(params),
             ids=completion.ids,

@@ -5,23 +5,17 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from glasklar.data.foreign import open_tokenizer
 from glasklar.data.tokenizer import Tokenizer
-from glasklar.engine.cpu import library
-from glasklar.engine.native import all_logits
-from glasklar.engine.packed import PackedModel, Quantisation
-from glasklar.engine.packed_file import packed_model
 from glasklar.errors import CheckpointError
 from glasklar.hub import RECORD, folder_of, is_id
 from glasklar.model.attention import document_mask
 from glasklar.model.checkpoint import load_model, read_config
 from glasklar.model.config import ModelConfig
-from glasklar.model.init import build
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import select
 from glasklar.runtime import Precision, Runtime
@@ -55,28 +49,13 @@ class ModelFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class Model(ModelFolder):
-    """A network ready to answer.
-
-    packed   its weights in 8 or 4 bits; `network` then has shapes only, and the C++ pass computes
-    """
+    """A network ready to answer."""
 
     network: Transformer
-    packed: PackedModel | None = None
-
-    @property
-    def weights(self) -> Transformer | PackedModel:
-        """What the engine runs."""
-        return self.network if self.packed is None else self.packed
 
     @torch.inference_mode()
     def logits(self, ids: Tensor | list[int]) -> Tensor:
         """Logits [B, T, W] (or [T, W] for one sequence) in fp32; no padding, positions from 0."""
-        if self.packed is not None:
-            rows = torch.as_tensor(ids)
-            made = [
-                all_logits(self.packed, row, self.runtime.threads) for row in (rows[None] if rows.ndim == 1 else rows)
-            ]
-            return made[0] if rows.ndim == 1 else torch.stack(made)
         ids_BT = torch.as_tensor(ids, device=self.network.head_WD.device)
         single = ids_BT.ndim == 1
         ids_BT = ids_BT[None] if single else ids_BT
@@ -128,46 +107,12 @@ def _pulled(name: str, home: Path) -> Path:
     raise CheckpointError(f"no model {name!r}: {state} here; fetch it with: glasklar pull {name}")
 
 
-def load(
-    folder: Path | str,
-    runtime: Runtime,
-    dtype: str | None = None,
-    *,
-    quantize: str | None = None,
-    cache: Path | None = None,
-) -> Model:
-    """Loads network and tokenizer of a Hugging Face folder.
-
-    dtype      "float32" or "bfloat16" (else the runtime's)
-    quantize   "int8" or "int4": weights in so many bits with a scale for 32 of them, computed by the C++ pass. They are
-               made once and kept under `cache`, which must be given
-    """
+def load(folder: Path | str, runtime: Runtime, dtype: str | None = None) -> Model:
+    """Loads network and tokenizer of a Hugging Face folder; `dtype`: "float32" or "bfloat16" (else the runtime's)."""
     found = open_folder(folder, runtime, dtype)
     runtime = found.runtime
-    if quantize is not None:
-        return _load_packed(found, quantize, cache)
     network = load_model(found.folder, dtype=runtime.dtype, ops=select(runtime), device=runtime.device)
     return Model(**vars(found) | {"network": network.requires_grad_(False), "config": network.config})
-
-
-def _load_packed(found: ModelFolder, quantize: str, cache: Path | None) -> Model:
-    bits = next((known for known in get_args(Quantisation) if known == quantize), None)
-    if bits is None:
-        raise CheckpointError(f"quantize = {quantize!r}: use 'int8' or 'int4'")
-    if found.runtime.device != "cpu":
-        raise CheckpointError(
-            f"quantize = {quantize!r} is computed on the CPU, not on {found.runtime.device}: leave it out"
-        )
-    compiled = library.best()
-    if compiled is None:
-        raise CheckpointError(
-            f"quantize = {quantize!r} needs the C++ pass, not compiled here: install a compiler and glasklar again"
-        )
-    if cache is None:
-        raise CheckpointError(f"quantize = {quantize!r}: say with `cache` where the packed weights are kept")
-    packed = packed_model(found.folder, bits, cache=cache, library=compiled, threads=found.runtime.threads)
-    network = build(packed.config, select(found.runtime), device="meta", dtype=found.runtime.dtype)
-    return Model(**vars(found) | {"network": network.requires_grad_(False), "packed": packed, "config": packed.config})
 
 
 def open_folder(folder: Path | str, runtime: Runtime, dtype: str | None = None) -> ModelFolder:
@@ -180,8 +125,3 @@ def open_folder(folder: Path | str, runtime: Runtime, dtype: str | None = None) 
     config = read_config(folder)
     tokenizer = open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     return ModelFolder(folder=folder, config=config, tokenizer=tokenizer, runtime=runtime)
-
-
-def packed_under(home: Path) -> Path:
-    """Where packed weights are kept."""
-    return home / "cache" / "packed"

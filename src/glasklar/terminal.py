@@ -27,7 +27,7 @@ class Conversation:
 
     def __init__(self, model: Model) -> None:
         self.model, self.tokenizer = model, speaking(model)
-        self.engine = Engine(model.weights)
+        self.engine = Engine(model.network)
         self.thinking: bool | None = None
         self.temperature = 0.0
         self.messages: list[Message] = []

@@ -154,54 +154,6 @@ def test_a_caller_who_hangs_up_frees_the_engine(server: LiveServer, web: httpx.C
         assert service.waiting == 0
 
 
-HOSTILE = {
-    "no JSON": (b"{", 400),
-    "bad UTF-8": (b'{"model": "\xff"}', 400),
-    "deep": (b"[" * 100_000, 400),
-    "list": (b"[]", 400),
-    "no messages": ({"messages": []}, 400),
-    "unknown parameter": ({"temprature": 1}, 400),
-    "unknown role": ({"messages": [{"role": "wizard", "content": "x"}]}, 400),
-    "null content": ({"messages": [{"role": "user", "content": None}]}, 400),
-    "image part": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400),
-    "last is assistant": ({"messages": [*QUESTION, {"role": "assistant", "content": "x"}]}, 400),
-    "negative temperature": ({"temperature": -1}, 400),
-    "text temperature": ({"temperature": "hot"}, 400),
-    "NaN": (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400),
-    "infinite": (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "top_p": 1e999}', 400),
-    "no tokens": ({"max_tokens": 0}, 400),
-    "two limits": ({"max_tokens": 3, "max_completion_tokens": 4}, 400),
-    "many choices": ({"n": 1000}, 400),
-    "stop list": ({"stop": ["x"] * 17}, 400),
-    "empty stop": ({"stop": ""}, 400),
-    "bias outside": ({"logit_bias": {"999999": 1}}, 400),
-    "bias name": ({"logit_bias": {"abc": 1}}, 400),
-    "alternatives without logprobs": ({"top_logprobs": 3}, 400),
-    "usage without stream": ({"stream_options": {"include_usage": True}}, 400),
-    "tools": ({"tools": []}, 400),
-    "json mode": ({"response_format": {"type": "json_object"}}, 400),
-    "other model": ({"model": "../../etc/passwd"}, 404),
-    "too long": ({"messages": [{"role": "user", "content": "7" * 5000}]}, 400),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_requests_get_one_shape_of_error(name: str, web: httpx.Client, model: Model) -> None:
-    body, status = HOSTILE[name]
-    if isinstance(body, dict):
-        body = json.dumps({"model": model.name, "messages": QUESTION, **body}).encode()
-    reply = web.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
-    assert reply.status_code == status
-    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
-
-
-def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(web: httpx.Client, model: Model) -> None:
-    body = {"model": model.name, "messages": [{"role": "user", "content": "7" * 5000}]}
-    message = web.post("/v1/chat/completions", json=body).json()["error"]["message"]
-    assert "5003" in message
-    assert str(model.config.max_position_embeddings) in message
-
-
 def test_special_tokens_in_a_question_are_plain_text(server: LiveServer, model: Model) -> None:
     ids = server._backend.service.prompt([Message(role="user", content="<｜User｜></think>")], None)
     assert len(set(ids) & model.tokenizer.special_ids) == 3

@@ -1,4 +1,4 @@
-"""Guides from plain data: what they allow always parses, the thinking keeps its budget, hostile ones are refused."""
+"""Guides from plain data: what they allow always parses, thinking keeps its budget, hostile grammars are refused."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from typing import Any
 from glasklar.audit.findings import Findings
 from glasklar.engine.engine import Engine
 from glasklar.engine.native_runner import computed_by
-from glasklar.engine.packed import PackedModel
 from glasklar.engine.request import Completion, SamplingParams
 from glasklar.errors import RecordError
 from glasklar.loading import Model, load
@@ -41,7 +40,7 @@ class Attestor:
     def __init__(self, model: Model, runtime: Runtime, signer: Signer) -> None:
         self.model, self.signer = model, signer
         self.root = model_root(model.folder)
-        self.engine = engine_identity({**runtime.describe(), **computed_by(model.weights)})
+        self.engine = engine_identity({**runtime.describe(), **computed_by(model.network)})
 
     def receipt(self, prompt: Sequence[int], params: SamplingParams, ids: Sequence[int], finish: str) -> dict[str, Any]:
         """The envelope for an answer, however it was computed: given once more, alone, which takes as long as it did.
@@ -51,7 +50,7 @@ class Attestor:
         Raises RecordError where the answer comes out otherwise alone: within a near tie, which the company in a batch
         decided, or because it is none of this model's. What nobody could verify is not signed.
         """
-        again = answer_alone(self.model.weights, prompt, params, ids, finish)
+        again = answer_alone(self.model.network, prompt, params, ids, finish)
         if again.ids != list(ids) or finish not in ("cancelled", again.finish):
             raise RecordError(
                 f"the answer comes out otherwise alone, from token {_first_difference(again.ids, ids) + 1} on: a near "
@@ -71,7 +70,7 @@ class Attestor:
 
 
 def answer_alone(
-    network: Transformer | PackedModel, prompt: Sequence[int], params: SamplingParams, ids: Sequence[int], finish: str
+    network: Transformer, prompt: Sequence[int], params: SamplingParams, ids: Sequence[int], finish: str
 ) -> Completion:
     """The answer once more, in a fresh engine with nobody beside it; one that was cut off is made up to the cut."""
     if finish == "cancelled":
@@ -113,7 +112,7 @@ def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: st
 
 def check_answer(receipt: Receipt, model: Model, found: Findings) -> None:
     """Gives the answer again and compares ids, end and log-probabilities."""
-    again = answer_alone(model.weights, receipt.prompt, sampling(receipt), receipt.ids, receipt.finish)
+    again = answer_alone(model.network, receipt.prompt, sampling(receipt), receipt.ids, receipt.finish)
     ids = len(receipt.ids)
     if again.ids != receipt.ids:
         place = _first_difference(again.ids, receipt.ids)
@@ -166,7 +165,7 @@ def _logprobs(receipt: Receipt, again: Completion, model: Model, found: Findings
 
 def _circumstances(receipt: Receipt, model: Model) -> str:
     there = receipt.engine["machine"]
-    here = _runtime(receipt).describe() | computed_by(model.weights)
+    here = _runtime(receipt).describe() | computed_by(model.network)
     names = ("device", "compute", "threads", "cpu", "cpu_capability", "gpu", "torch", "ops", "passes")
     other = [f"{name} {there.get(name)} there, {here[name]} here" for name in names if there.get(name) != here[name]]
     if receipt.engine["code"] != code_identity()["files"]:

@@ -12,19 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from glasklar.data.foreign import ForeignTokenizer
+from glasklar.data.foreign import NO_TOKEN, ForeignTokenizer
 from glasklar.data.tokenizer import Decoder, Tokenizer
 from glasklar.errors import RequestError
 
 Role = Literal["system", "user", "assistant"]
 Channel = Literal["reasoning", "content"]
+# Where a prompt ends: within the thinking, in the content, or where the model's first token chooses between them.
+Begins = Literal["thinking", "content", "choice"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
+    """`prefix`: a last message of the assistant that the reply goes on with; its thoughts count then."""
+
     role: Role
     content: str
     reasoning_content: str | None = None
+    prefix: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +46,20 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], thinking: bool | N
 
     thinking   True: the reply must think; False: it must not; None: the model decides
 
-    Raises RequestError for an unknown role, no message, or a last message that is not the user's.
+    Raises RequestError for an unknown role, no message, or a last message that is neither the user's nor a prefix.
     """
     if not messages:
         raise RequestError("messages = []: at least one message is needed")
+    if any(message.prefix for message in messages[:-1]):
+        raise RequestError("prefix: only the last message can be one")
+    if messages[-1].prefix and messages[-1].role == "assistant":
+        before = render(tokenizer, messages[:-1], thinking)
+        return before + prefix_ids(tokenizer, messages[-1], begins(tokenizer, thinking))
     if messages[-1].role != "user":
-        raise RequestError(f"the last message is of role {messages[-1].role!r}; it must be the user's")
+        raise RequestError(
+            f"messages: the last message is of role {messages[-1].role!r}; it must be the user's, "
+            "or the assistant's with prefix: true"
+        )
     for message in messages:
         if message.role not in get_args(Role):
             raise RequestError(f"role = {message.role!r}: use one of {', '.join(get_args(Role))}")
@@ -63,6 +76,37 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], thinking: bool | N
             ids += [tokenizer.end_think_id, *tokenizer.encode(message.content), tokenizer.eos_id]
     if thinking is not None:
         ids.append(tokenizer.think_id if thinking else tokenizer.end_think_id)
+    return ids
+
+
+def begins(tokenizer: Tokenizer, thinking: bool | None, prefix: Message | None = None) -> Begins:
+    """Where a prompt rendered with `thinking`, and with `prefix` behind it, ends."""
+    if prefix is not None and (prefix.content or prefix.reasoning_content):
+        return "content" if prefix.content else "thinking"
+    if isinstance(tokenizer, ForeignTokenizer):
+        if tokenizer.opens_thinking(thinking):
+            return "thinking"
+        return "content" if tokenizer.think_id == NO_TOKEN else "choice"
+    return "choice" if thinking is None else "thinking" if thinking else "content"
+
+
+def prefix_ids(tokenizer: Tokenizer, prefix: Message, place: Begins) -> list[int]:
+    """What the beginning of a reply adds to a prompt that ends at `place`."""
+    thought, content = prefix.reasoning_content or "", prefix.content
+    if not thought and not content:
+        return []
+    if thought and tokenizer.think_id == NO_TOKEN:
+        raise RequestError("reasoning_content: this model does not think; leave it out of the prefix")
+    ours = not isinstance(tokenizer, ForeignTokenizer)
+    if thought and ours and place == "content":
+        raise RequestError("reasoning_content: the reply must not think, but its prefix has thoughts; drop one of them")
+    ids: list[int] = []
+    if thought:
+        ids += [] if place == "thinking" else [tokenizer.think_id]
+        ids += tokenizer.encode(thought)
+    if content:
+        ids += [tokenizer.end_think_id] if thought or place == "thinking" or (ours and place == "choice") else []
+        ids += tokenizer.encode(content)
     return ids
 
 
@@ -103,15 +147,17 @@ def parse(tokenizer: Tokenizer, ids: Sequence[int], thinking: bool | None = None
 
 
 class Splitter:
-    """Ids as they are generated to pieces of reasoning and content; concatenated they give what `parse` gives."""
+    """Ids as they are generated to pieces of reasoning and content; concatenated they give what `parse` gives.
 
-    def __init__(self, tokenizer: Tokenizer, thinking: bool | None = None) -> None:
+    place   where the prompt ends, if not where `thinking` alone puts it
+    """
+
+    def __init__(self, tokenizer: Tokenizer, thinking: bool | None = None, place: Begins | None = None) -> None:
         self._tokenizer, self._decoder = tokenizer, Decoder(tokenizer)
-        foreign = isinstance(tokenizer, ForeignTokenizer)
-        opened = tokenizer.opens_thinking(thinking) if isinstance(tokenizer, ForeignTokenizer) else bool(thinking)
-        self.channel: Channel = "reasoning" if opened else "content"
-        self._may_open = not opened and (foreign or thinking is None)
-        self._may_decline = not foreign and thinking is None
+        place = place or begins(tokenizer, thinking)
+        self.channel: Channel = "reasoning" if place == "thinking" else "content"
+        self._may_open = place == "choice"
+        self._may_decline = place == "choice" and not isinstance(tokenizer, ForeignTokenizer)
 
     def push(self, token: int) -> list[tuple[Channel, str]]:
         """The pieces that `token` completes, empty ones left out."""

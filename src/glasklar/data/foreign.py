@@ -81,10 +81,16 @@ class ForeignTokenizer(Tokenizer):
     def encode_many(self, texts: Sequence[str], *, trusted: bool = False) -> list[list[int]]:
         return [self._with_tokens(text) if trusted else self.encode(text) for text in texts]
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]], thinking: bool | None) -> list[int]:
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool | None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Prompt ids by the model's own chat template.
 
         messages   {"role": …, "content": …} each
+        tools      functions that the model may call, in OpenAI's form, for templates that know them
         thinking   is handed to the template under the names that are in use, `thinking` and `enable_thinking`
 
         Raises RequestError where there is no template, it has no switch for thinking, or it refuses the messages.
@@ -96,10 +102,17 @@ class ForeignTokenizer(Tokenizer):
         if thinking is not None and "thinking" not in self.template.source:
             raise RequestError(f"{self._folder}: its chat template has no switch for thinking; leave the wish out")
         switch = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
-        mark = _unused(messages)
+        mark = _unused([*messages, *(tools or ())])
         safe = [self._marked(message, mark) for message in messages]
-        text = self.template.render(messages=safe, add_generation_prompt=True, tools=None, **self._named, **switch)
+        known = None if tools is None else [self._marked({"role": "tool", **tool}, mark) for tool in tools]
+        for tool in known or ():
+            del tool["role"]
+        text = self.template.render(messages=safe, add_generation_prompt=True, tools=known, **self._named, **switch)
         return self._with_tokens(text, mark)
+
+    def added_id(self, text: str) -> int | None:
+        """Id of a token that was added to the vocabulary under this very text, if there is one."""
+        return int(self._added[text]["id"]) if text in self._added else None
 
     def opens_thinking(self, thinking: bool | None) -> bool:
         """Whether a prompt ends within a thought, so that the answer begins there."""
@@ -120,7 +133,7 @@ class ForeignTokenizer(Tokenizer):
 
         def safe(value: Any) -> Any:
             if isinstance(value, Mapping):
-                return {key: safe(inner) for key, inner in value.items()}
+                return {self._find.sub(split, key): safe(inner) for key, inner in value.items()}
             if isinstance(value, list | tuple):
                 return [safe(inner) for inner in value]
             if not isinstance(value, str):

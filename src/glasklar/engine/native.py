@@ -9,10 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glasklar.engine.cpu import library
 from glasklar.engine.cpu.library import Draft, Embedding, Layer, Pass, Shape
 from glasklar.engine.packed import PackedLayer, PackedModel
-from glasklar.errors import RequestError
 from glasklar.model.attention import inverse_frequencies
 
 LATENT_EPS = 1e-6  # the norms within MLA have one of their own
@@ -119,28 +117,6 @@ class NativeNetwork:
         )  # fmt: skip
         self.library.glasklar_pass(self._handle, ctypes.byref(arguments))
         return logits[:, : self.vocabulary], chosen, logprobs
-
-
-def all_logits(model: PackedModel, ids_T: Tensor, threads: int) -> Tensor:
-    """Logits [T, W] after every token of one sequence, by the fastest build."""
-    compiled = library.best()
-    assert compiled is not None, "there are no packed weights without a compiled pass"
-    network = NativeNetwork(compiled, model, threads=threads)
-    ids = ids_T.numpy().astype(np.int32)
-    if len(ids) == 0 or not 0 <= ids.min() <= ids.max() < model.config.vocab_size:
-        raise RequestError(f"ids must be at least one, from 0 to {model.config.vocab_size - 1}")
-    pages = -(-len(ids) // network.page)
-    cache, tables = network.new_cache(pages), np.arange(pages, dtype=np.int32)[None]
-    parts = []
-    for begin in range(0, len(ids), network.max_tokens):
-        positions = np.arange(begin, min(begin + network.max_tokens, len(ids)), dtype=np.int32)
-        count = len(positions)
-        logits, _, _ = network.run(
-            cache, ids[positions], positions, np.zeros_like(positions), tables, np.arange(count, dtype=np.int32),
-            np.zeros(count, np.float32), np.zeros(count),
-        )  # fmt: skip
-        parts.append(torch.from_numpy(logits.copy()))
-    return torch.cat(parts)
 
 
 def _layer(packed: PackedLayer) -> Layer:

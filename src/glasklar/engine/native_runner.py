@@ -35,11 +35,8 @@ def runs_native(model: Transformer | PackedModel) -> bool:
     return known and not model.config.qk_norm and library.best() is not None
 
 
-def computed_by(network: Transformer | PackedModel) -> dict[str, str]:
+def computed_by(network: Transformer) -> dict[str, str]:
     """What computes a network here, for the record: the ops of PyTorch's passes, and whose passes the engine runs."""
-    if isinstance(network, PackedModel):
-        kind = network.layers[0].matrices["out"].kind
-        return {"passes": "C++", "bits": next(name for name, number in KINDS.items() if number == kind)}
     return {"ops": network.ops.name, "passes": "C++" if runs_native(network) else "torch"}
 
 

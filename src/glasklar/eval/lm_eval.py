@@ -138,7 +138,7 @@ class GlasklarLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to the first of a request's stop texts, all requests in one continuous batch."""
-        engine = Engine(self.model.weights)
+        engine = Engine(self.model.network)
         answers = [_Answer(self.words, *request.args) for request in requests]
         open_answers = {engine.add(self._fitting(answer), answer.params): answer for answer in answers}
         while engine.has_work:

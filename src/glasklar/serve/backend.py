@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from glasklar.errors import CapacityError
 from glasklar.serve.conversations import Conversations
 from glasklar.serve.jobs import Jobs
+from glasklar.serve.metrics import Metrics
 from glasklar.serve.news import RunNews
 from glasklar.serve.service import ModelService
 from glasklar.serve.trace import Tracing
@@ -21,6 +22,7 @@ class Backend:
     tracing: Tracing | None = None
     conversations: Conversations = field(default_factory=Conversations)
     jobs: Jobs = field(default_factory=Jobs)
+    metrics: Metrics = field(default_factory=Metrics)
     failure: str | None = None
 
     @property

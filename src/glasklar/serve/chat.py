@@ -1,30 +1,30 @@
-"""Chat completions: from a checked request to OpenAI's reply, whole or as a stream of chunks."""
+"""Answers as they come from the engine, and OpenAI's chat reply made of them, whole or as a stream of chunks."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from glasklar.errors import GlasklarError
 from glasklar.serve.answer import Answer, Piece
+from glasklar.serve.question import Question
 from glasklar.serve.schema import ChatRequest, usage
 from glasklar.serve.service import ModelService
+from glasklar.serve.tools import CallDelta
 
 # Index, answer, what it brings, and whether it is the last: the answer itself may be ahead of its pieces by then.
 Choice = tuple[int, Answer, Piece, bool]
 
 
-async def choices(service: ModelService, body: ChatRequest, ids: list[int]) -> AsyncGenerator[Choice, None]:
-    """What the `n` answers bring, token by token, in the order in which the engine makes them. All end with the
-    iteration, however it ends."""
-    seed = secrets.randbits(62)
+async def choices(service: ModelService, questions: Sequence[Question]) -> AsyncGenerator[Choice, None]:
+    """What the answers bring, token by token, in the order in which the engine makes them. All end with the iteration,
+    however it ends. They are numbered through: the choices of the first question, then those of the next."""
     arrivals: asyncio.Queue[Choice | GlasklarError | None] = asyncio.Queue()
 
-    async def one(index: int) -> None:
-        answer = Answer(service.tokenizer, body.thinks, body.stops, _alternatives(body))
-        events = service.stream(ids, body.sampling(index, seed, service.tokenizer.stop_ids))
+    async def one(index: int, question: Question, choice: int) -> None:
+        answer = Answer(service.tokenizer, question.begins, question.stops, question.alternatives, question.form)
+        events = service.stream(question.ids, question.sampling(choice), guide=question.guide)
         try:
             async for event in events:
                 piece = answer.push(event)
@@ -38,7 +38,8 @@ async def choices(service: ModelService, body: ChatRequest, ids: list[int]) -> A
         finally:
             await events.aclose()
 
-    tasks = [asyncio.ensure_future(one(index)) for index in range(body.n)]
+    wanted = [(question, choice) for question in questions for choice in range(question.choices)]
+    tasks = [asyncio.ensure_future(one(index, *each)) for index, each in enumerate(wanted)]
     running = len(tasks)
     try:
         while running:
@@ -55,40 +56,40 @@ async def choices(service: ModelService, body: ChatRequest, ids: list[int]) -> A
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _alternatives(body: ChatRequest) -> int | None:
-    return (body.top_logprobs or 0) if body.logprobs else None
-
-
-async def collect(service: ModelService, body: ChatRequest, ids: list[int], head: dict[str, Any]) -> dict[str, Any]:
-    """The whole reply (`chat.completion`)."""
+async def whole(arrivals: AsyncIterator[Choice]) -> list[tuple[Answer, Piece]]:
+    """All answers when they are done."""
     answers: dict[int, Answer] = {}
-    wholes = {index: Piece() for index in range(body.n)}
-    async for index, answer, piece, _ in choices(service, body, ids):
+    pieces: dict[int, Piece] = {}
+    async for index, answer, piece, _ in arrivals:
         answers[index] = answer
-        whole = wholes[index]
-        whole.reasoning += piece.reasoning
-        whole.content += piece.content
-        for channel, entries in piece.entries.items():
-            whole.entries.setdefault(channel, []).extend(entries)
+        pieces.setdefault(index, Piece()).add(piece)
+    return [(answers[index], pieces[index]) for index in sorted(answers)]
+
+
+async def collect(
+    arrivals: AsyncIterator[Choice], body: ChatRequest, question: Question, head: dict[str, Any]
+) -> dict[str, Any]:
+    """The whole reply (`chat.completion`)."""
+    found = await whole(arrivals)
     done = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": whole.content, "reasoning_content": whole.reasoning or None},
-            "logprobs": _logprobs(whole) if body.logprobs else None,
-            "finish_reason": answers[index].finish,
+            "message": _message(piece),
+            "logprobs": _logprobs(piece) if body.logprobs else None,
+            "finish_reason": answer.finish,
         }
-        for index, whole in wholes.items()
+        for index, (answer, piece) in enumerate(found)
     ]
-    return {**head, "object": "chat.completion", "choices": done, "usage": _usage(ids, list(answers.values()))}
+    answers = [answer for answer, _ in found]
+    return {**head, "object": "chat.completion", "choices": done, "usage": usage_of([question], answers)}
 
 
 async def stream(
-    service: ModelService, body: ChatRequest, ids: list[int], head: dict[str, Any]
+    arrivals: AsyncIterator[Choice], body: ChatRequest, question: Question, head: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The reply as chunks: the role first, one finish reason a choice, usage last and only if it was asked for."""
     head = {**head, "object": "chat.completion.chunk"}
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    tail = {"usage": None} if with_usage else {}
+    tail = {"usage": None} if body.usage_wanted else {}
 
     def chunk(
         index: int, delta: dict[str, Any], piece: Piece | None = None, finish: str | None = None
@@ -97,29 +98,79 @@ async def stream(
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return {**head, "choices": [choice], **tail}
 
-    for index in range(body.n):
+    for index in range(question.choices):
         yield chunk(index, {"role": "assistant", "content": ""})
     answers: dict[int, Answer] = {}
-    async for index, answer, piece, last in choices(service, body, ids):
+    async for index, answer, piece, last in arrivals:
         answers[index] = answer
         if not piece.empty:
             yield chunk(index, _delta(piece), piece)
         if last:
             yield chunk(index, {}, finish=answer.finish)
-    if with_usage:
-        yield {**head, "choices": [], "usage": _usage(ids, list(answers.values()))}
+    if body.usage_wanted:
+        yield {**head, "choices": [], "usage": usage_of([question], list(answers.values()))}
 
 
-def _delta(piece: Piece) -> dict[str, str]:
+def calls_of(deltas: Sequence[CallDelta]) -> list[CallDelta]:
+    """Whole calls from their pieces."""
+    calls: dict[int, CallDelta] = {}
+    for delta in deltas:
+        known = calls.get(delta.index)
+        calls[delta.index] = CallDelta(
+            index=delta.index,
+            id=delta.id if known is None else known.id,
+            name=delta.name if known is None else known.name,
+            arguments=delta.arguments if known is None else known.arguments + delta.arguments,
+        )
+    return list(calls.values())
+
+
+def _message(piece: Piece) -> dict[str, Any]:
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in calls_of(piece.calls)
+    ]
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": piece.content or (None if calls else ""),
+        "reasoning_content": piece.reasoning or None,
+        "refusal": None,
+    }
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
     texts = {"reasoning_content": piece.reasoning, "content": piece.content}
-    return {name: text for name, text in texts.items() if text}
+    delta: dict[str, Any] = {name: text for name, text in texts.items() if text}
+    if piece.calls:
+        delta["tool_calls"] = [_call_delta(call) for call in piece.calls]
+    return delta
+
+
+def _call_delta(call: CallDelta) -> dict[str, Any]:
+    """Index always, id, type and name with the first piece: clients put the pieces together by the index."""
+    function = {"arguments": call.arguments}
+    if call.id is None:
+        return {"index": call.index, "function": function}
+    return {"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name, **function}}
 
 
 def _logprobs(piece: Piece) -> dict[str, Any]:
     """OpenAI's list for the content; that of the thinking under DeepSeek's name beside it."""
     reasoning = piece.entries.get("reasoning")
-    return {"content": piece.entries.get("content", []), **({"reasoning_content": reasoning} if reasoning else {})}
+    found = {"content": piece.entries.get("content", []), "refusal": None}
+    return {**found, **({"reasoning_content": reasoning} if reasoning else {})}
 
 
-def _usage(ids: list[int], answers: list[Answer]) -> dict[str, Any]:
-    return usage(len(ids), sum(a.tokens for a in answers), sum(a.reasoning_tokens for a in answers))
+def usage_of(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, Any]:
+    """Each prompt counts once, however many choices it has."""
+    cached, place = 0, 0
+    for question in questions:
+        cached += answers[place].cached if place < len(answers) else 0
+        place += question.choices
+    return usage(
+        sum(len(question.ids) for question in questions),
+        sum(answer.tokens for answer in answers),
+        sum(answer.reasoning_tokens for answer in answers),
+        cached,
+    )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from glasklar.data.chat import Message, Splitter
+from glasklar.data.chat import Message, Splitter, begins
 from glasklar.engine.request import SamplingParams
 from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.provenance.energy import WATTS_PER_CORE
@@ -54,7 +54,7 @@ class Job:
 
     def __init__(self, store: Store, entry: Entry, service: ModelService, prompt: list[int], ask: AskSettings) -> None:
         self.store, self.entry, self.service, self.prompt = store, entry, service, prompt
-        self.answer = Answer(service.tokenizer, ask.thinks, (), None)
+        self.answer = Answer(service.tokenizer, begins(service.tokenizer, ask.thinks))
         self.params = _sampling(ask, service)
         self.entry.settings["seed"] = self.params.seed
         self.ids: list[int] = []

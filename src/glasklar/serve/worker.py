@@ -214,7 +214,7 @@ def open_model(message: Start) -> tuple[Model, Engine]:
     from glasklar.loading import load
 
     model = load(message.folder, runtime)
-    return model, Engine(model.weights, max_slots=message.max_slots, max_tokens=message.max_tokens)
+    return model, Engine(model.network, max_slots=message.max_slots, max_tokens=message.max_tokens)
 
 
 def main() -> None:
@@ -245,7 +245,7 @@ def run(channel: socket.socket) -> None:
         return
     from glasklar.engine.native_runner import computed_by
 
-    send(Ready(engine={**model.runtime.describe(), **computed_by(model.weights)}))
+    send(Ready(engine={**model.runtime.describe(), **computed_by(model.network)}))
     worker = Worker(model, engine, send)
     inbox = Inbox(channel, frames, worker.prepare)
     while True:

@@ -1,0 +1,67 @@
+"""Errors on their way out: one shape for all, whoever raised them. Only here HTTP's numbers for them are known."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from glasklar.errors import BusyError, CapacityError, GlasklarError
+from glasklar.serve.guard import error_body
+
+# Our own checks begin their messages with the parameter's name.
+_NAMED = re.compile(r"(?:Value error, )?([a-z_]+(?:\.[a-z_]+)*): ")
+
+
+def described(error: GlasklarError) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers of an error; clients may try again only where that can help."""
+    if isinstance(error, BusyError):
+        headers = {"retry-after": str(error.retry_after)}
+        return 429, error_body(str(error), "rate_limit_error", code="rate_limit_exceeded"), headers
+    if isinstance(error, CapacityError):
+        headers = {"retry-after": "5"}
+        return 503, error_body(str(error), "server_error", code="unavailable"), headers
+    return 400, error_body(str(error), "invalid_request_error", _param(str(error))), {}
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """FastAPI's own errors too get the one shape."""
+
+    @app.exception_handler(GlasklarError)
+    async def ours(_: Request, error: GlasklarError) -> JSONResponse:
+        status, body, headers = described(error)
+        return JSONResponse(body, status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        param = place or _param(what)
+        message = what if what.startswith(f"{param}: ") else f"{place}: {what}" if place else what
+        return JSONResponse(error_body(_safe(message), "invalid_request_error", param and _safe(param)), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        body = error_body(_safe(str(error.detail)), "invalid_request_error", code=code)
+        return JSONResponse(body, error.status_code, headers=getattr(error, "headers", None))
+
+    @app.exception_handler(Exception)
+    async def fault(_: Request, error: Exception) -> JSONResponse:
+        body = error_body(f"a fault of the server ({type(error).__name__}); its log has the details", "server_error")
+        return JSONResponse(body, 500, headers={"x-should-retry": "false"})
+
+
+def _param(message: str) -> str | None:
+    found = _NAMED.match(message)
+    return found[1] if found else None
+
+
+def _safe(text: str) -> str:
+    """What a client sent may hold halves of characters, which no reply can carry."""
+    return text.encode(errors="replace").decode()[:2000]
