@@ -24,6 +24,7 @@ COMMON = ["-std=c++17", "-fvisibility=hidden"]
 TRAINING = [*COMMON, "-O3", "-fopenmp"]
 TRAINING_BUILDS = {
     "_avx512": ["-march=x86-64-v4", "-mavx512bf16"],
+    "_avx512_fp32": ["-march=x86-64-v4"],
     "_avx2": ["-march=x86-64-v3"],
     "_plain": [],
 }

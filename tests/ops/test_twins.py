@@ -134,6 +134,25 @@ def test_feed_forward_against_reference(twin: Ops, shape: tuple[int, ...], F: in
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "N"), [((5, 24), 16), ((2, 3, 64), 40), ((300, 17), 11), ((2, 70, 130), 210)])
+def test_linear_against_reference(twin: Ops, shape: tuple[int, ...], N: int, bias: bool, dtype: torch.dtype) -> None:
+    inputs = [leaf(*shape, seed=23, dtype=dtype), leaf(N, shape[-1], seed=24, dtype=dtype)]
+    check(REFERENCE.linear, twin.linear, [*inputs, leaf(N, seed=25, dtype=dtype)] if bias else inputs, dtype)
+
+
+@pytest.mark.parametrize(("n", "R", "C"), [(3, 16, 40), (2, 40, 16), (1, 7, 7), (2, 100, 130), (1, 300, 400)])
+def test_orthogonalise_against_reference(twin: Ops, n: int, R: int, C: int) -> None:
+    """Against the same steps in fp32; twins may take the products in bf16, as the reference does by default."""
+    given = normal(n, R, C, seed=26)
+    kept = given.clone()
+    wanted, found = REFERENCE.orthogonalise(given, torch.float32), twin.orthogonalise(given)
+    assert torch.equal(given, kept)
+    assert found.shape == given.shape
+    assert (wanted - found.float()).norm() < 5e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("T", "E", "A"), [(1, 4, 2), (37, 5, 3), (300, 4, 2), (20, 8, 1)])
 def test_experts_against_reference(twin: Ops, T: int, E: int, A: int, dtype: torch.dtype) -> None:
     D, F = 24, 16

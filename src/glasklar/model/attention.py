@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from glasklar.model.config import ModelConfig, RopeScaling, yarn_mscale
+from glasklar.model.linear import Linear
 from glasklar.ops.select import Ops
 
 
@@ -113,15 +114,15 @@ class LatentAttention(nn.Module):
         )  # fmt: skip
         D, H = config.hidden_size, config.num_attention_heads
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(D, H * (self.N + self.R), bias=False)
+            self.q_proj = Linear(D, H * (self.N + self.R), ops)
         else:
-            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_proj = Linear(D, config.q_lora_rank, ops, bias=config.attention_bias)
             self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, H * (self.N + self.R), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(D, self.C + self.R, bias=config.attention_bias)
+            self.q_b_proj = Linear(config.q_lora_rank, H * (self.N + self.R), ops)
+        self.kv_a_proj_with_mqa = Linear(D, self.C + self.R, ops, bias=config.attention_bias)
         self.kv_a_layernorm = nn.RMSNorm(self.C)
-        self.kv_b_proj = nn.Linear(self.C, H * (self.N + self.V), bias=False)
-        self.o_proj = nn.Linear(H * self.V, D, bias=config.attention_bias)
+        self.kv_b_proj = Linear(self.C, H * (self.N + self.V), ops)
+        self.o_proj = Linear(H * self.V, D, ops, bias=config.attention_bias)
 
     def forward(self, x_BTD: Tensor, at: Positions, cache: LayerCache | None, absorbed: bool) -> Tensor:
         """[B, T, D] -> [B, T, D]. With a cache the latents are written to it; `absorbed` attends over the cache,
@@ -187,10 +188,10 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         D, H, G, K = config.hidden_size, config.num_attention_heads, config.kv_heads, config.qk_head_dim
-        self.q_proj = nn.Linear(D, H * K, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, G * K, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, G * K, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.q_proj = Linear(D, H * K, ops, bias=config.attention_bias)
+        self.k_proj = Linear(D, G * K, ops, bias=config.attention_bias)
+        self.v_proj = Linear(D, G * K, ops, bias=config.attention_bias)
+        self.o_proj = Linear(H * K, D, ops)
         self.q_norm = nn.RMSNorm(K) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(K) if config.qk_norm else None
 

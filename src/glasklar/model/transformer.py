@@ -17,6 +17,7 @@ from glasklar.model.attention import (
     positions,
 )
 from glasklar.model.config import ModelConfig
+from glasklar.model.linear import Linear
 from glasklar.model.moe import FeedForward, MixtureOfExperts, Routing
 from glasklar.ops.select import REFERENCE, Ops
 
@@ -68,7 +69,7 @@ class PredictionModule(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.enorm, self.hnorm = Norm(D, config, ops), Norm(D, config, ops)
-        self.eh_proj = nn.Linear(2 * D, D, bias=False)
+        self.eh_proj = Linear(2 * D, D, ops)
         self.block = Block(config, layer, ops)
         self.norm = Norm(D, config, ops)
 

@@ -50,6 +50,11 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, mask_BTS: Tensor, 
     return (weights.view(B, G, H // G * T, -1) @ v_BGSV).view(B, H, T, -1)
 
 
+def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x W^T + b over the last axis; sums in fp32 at least."""
+    return F.linear(x, weight_ND, bias_N)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for `gate_up` [..., 2F] holding gate, then up (arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -121,3 +126,21 @@ def token_logprobs(hidden_TD: Tensor, head_WD: Tensor, targets_T: Tensor) -> tup
     with torch.no_grad():
         entropy_T = -(logprobs_TW.exp() * logprobs_TW).sum(-1)
     return logprobs_TW.gather(-1, targets_T[:, None])[:, 0], entropy_T
+
+
+# Jordan's quintic: steepest at zero, ends in singular values of about 0.7 to 1.2.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalise(matrices_nRC: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Newton-Schulz: every matrix U S V^T of the stack becomes about U V^T (Jordan 2024). `dtype`: of the products;
+    their rounding is far below the spread that the quintic leaves."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices_nRC.shape[1] > matrices_nRC.shape[2]
+    x = matrices_nRC.mT if tall else matrices_nRC
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(dtype).contiguous()
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

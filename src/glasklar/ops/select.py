@@ -13,7 +13,7 @@ import torch
 from glasklar.errors import RecipeError
 from glasklar.ops import inference, reference, torch_cpu
 from glasklar.ops.cpu.functions import CpuKernels
-from glasklar.ops.cpu.library import VARIANTS, load
+from glasklar.ops.cpu.library import MULTIPLIES_BF16, VARIANTS, load
 from glasklar.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -27,10 +27,12 @@ class Ops:
     rms_norm: Callable[..., Any] = reference.rms_norm
     rotate: Callable[..., Any] = reference.rotate
     attention: Callable[..., Any] = reference.attention
+    linear: Callable[..., Any] = reference.linear
     feed_forward: Callable[..., Any] = reference.feed_forward
     route: Callable[..., Any] = reference.route
     experts: Callable[..., Any] = reference.experts
     token_logprobs: Callable[..., Any] = reference.token_logprobs
+    orthogonalise: Callable[..., Any] = reference.orthogonalise
 
 
 def _by_gradient(recorded: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,9 +62,11 @@ def compiled(variant: str) -> Ops | None:
     library = load(variant)
     if library is None:
         return None
-    kernels = CpuKernels(library)
+    kernels = CpuKernels(library, bf16_by_torch=variant in MULTIPLIES_BF16)
     return Ops(
         name=variant,
+        linear=_by_gradient(kernels.linear, reference.linear),
+        orthogonalise=kernels.orthogonalise,
         rms_norm=kernels.rms_norm,
         rotate=kernels.rotate,
         attention=_by_gradient(kernels.attention, inference.attention),

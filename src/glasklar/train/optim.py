@@ -8,7 +8,7 @@ included, go through Newton-Schulz as one batch. Embedding, head, gates, norms a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from glasklar.config import Section
 from glasklar.errors import CheckpointError, GlasklarError
+from glasklar.model.transformer import Transformer
+from glasklar.ops.select import REFERENCE, Ops
 
-# Jordan's quintic: steepest at zero, ends in singular values of about 0.7 to 1.2.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
 # Looked up or compared, not multiplied as maps between vectors: orthogonal updates make no sense for them.
 NOT_FOR_MUON = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
 
@@ -62,17 +61,17 @@ class Weight:
 class Optimizer:
     """Consumes `.grad` of a model's parameters and writes the parameters. A parameter without gradient stays as it is.
 
-    Build it after the weights are initialised or loaded: the masters are copies.
+    Build it after the weights are initialised or loaded: the masters are copies. Muon takes `orthogonalise` from `ops`.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, ops: Ops = REFERENCE) -> None:
         self.config = config
         self.weights = [
             Weight(name, parameter, parameter.detach().float()) for name, parameter in model.named_parameters()
         ]
         by_muon = [weight for weight in self.weights if config.kind == "muon" and takes_muon(weight)]
         names = {weight.name for weight in by_muon}
-        self.muon = Muon(by_muon, config) if by_muon else None
+        self.muon = Muon(by_muon, config, ops.orthogonalise) if by_muon else None
         self.adamw = adamw([weight for weight in self.weights if weight.name not in names], config)
 
     @torch.no_grad()
@@ -152,8 +151,8 @@ class Optimizer:
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """An optimiser for all parameters of `model`; see `Optimizer`."""
-    return Optimizer(model, config)
+    """An optimiser for all parameters of `model`, with the operations that it computes with; see `Optimizer`."""
+    return Optimizer(model, config, model.ops if isinstance(model, Transformer) else REFERENCE)
 
 
 def takes_muon(weight: Weight) -> bool:
@@ -179,8 +178,8 @@ def adamw(weights: list[Weight], config: OptimizerConfig) -> torch.optim.AdamW:
 class Muon:
     """Momentum, orthogonalised. Agrees with `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` at update_rms 0.2."""
 
-    def __init__(self, weights: list[Weight], config: OptimizerConfig) -> None:
-        self.config = config
+    def __init__(self, weights: list[Weight], config: OptimizerConfig, orthogonalise: Callable[..., Tensor]) -> None:
+        self.config, self.orthogonalise = config, orthogonalise
         self.momentum = {weight.name: torch.zeros_like(weight.master) for weight in weights}
         self.by_shape: dict[tuple[int, int], list[Weight]] = {}
         for weight in weights:
@@ -197,7 +196,7 @@ class Muon:
             torch._foreach_lerp_(momentum, grads, 1 - self.config.momentum)
             torch._foreach_lerp_(grads, momentum, self.config.momentum)  # Nesterov: look ahead along the momentum
             stacks = [as_matrices(w.name, grad) for w, grad in zip(weights, grads, strict=True)]
-            updates = orthogonalise(torch.cat(stacks)).split([len(stack) for stack in stacks])
+            updates = self.orthogonalise(torch.cat(stacks)).split([len(stack) for stack in stacks])
             scale = self.config.update_rms * math.sqrt(max(shape))
             for weight, update in zip(weights, updates, strict=True):
                 weight.master.mul_(1 - rate * self.config.weight_decay)
@@ -209,15 +208,3 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
     halves = 2 if "gate_up" in name else 1
     rows, columns = tensor.shape[-2:]
     return tensor.reshape(-1, rows // halves, columns)
-
-
-def orthogonalise(matrices_nRC: Tensor) -> Tensor:
-    """Newton-Schulz in bf16: every matrix U S V^T of the stack becomes about U V^T."""
-    a, b, c = NEWTON_SCHULZ
-    tall = matrices_nRC.shape[1] > matrices_nRC.shape[2]
-    x = matrices_nRC.mT if tall else matrices_nRC
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).bfloat16().contiguous()
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x

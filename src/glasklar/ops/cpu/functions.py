@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from glasklar.ops import reference
 from glasklar.ops.cpu.library import Library
 
 # Parts in which gradients of norm weights are summed (`CHUNKS` in pointwise.hpp).
 CHUNKS = 32
 # int32 numbers of a `Span` in attention.hpp.
 SPAN = 3
+# Numbers in a matrix that Newton-Schulz keeps in one core's cache; larger ones are left to torch and all cores.
+MOST_ORTHOGONALISED = 1 << 16
 
 Grads = tuple[Tensor | None, ...]
 
@@ -239,10 +242,48 @@ class _FeedForward(torch.autograd.Function):
         return grad_x, grad_gate_up, grad_down, None
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, library: Library) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.library = library
+        return _product(library, x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        return *_product_backward(ctx.library, *ctx.saved_tensors, grads[0].contiguous()), None
+
+
+def _product(library: Library, x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] weight [N, K]^T -> [..., N]"""
+    N, K = weight.shape
+    y = x.new_empty(*x.shape[:-1], N)
+    library("linear_forward", x.dtype)(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), _numbers(x.numel() // K, K, N), torch.get_num_threads()
+    )
+    return y
+
+
+def _product_backward(library: Library, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    N, K = weight.shape
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    library("linear_backward", x.dtype)(
+        x.data_ptr(), weight.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), grad_weight.data_ptr(),
+        _numbers(x.numel() // K, K, N), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x, grad_weight
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, library: Library) -> tuple[Tensor, Tensor]:
-        logits, targets = F.linear(hidden, head), targets.contiguous()
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, library: Library, by_torch: bool
+    ) -> tuple[Tensor, Tensor]:
+        hidden, head, targets = hidden.contiguous(), head.contiguous(), targets.contiguous()
+        logits = F.linear(hidden, head) if by_torch else _product(library, hidden, head)
         T, W = logits.shape
         logprobs, entropy, log_sums = (logits.new_empty(T, dtype=torch.float32) for _ in range(3))
         library("logprobs_forward", logits.dtype)(
@@ -250,7 +291,7 @@ class _TokenLogprobs(torch.autograd.Function):
             T, W, torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(hidden, head, targets, logits, log_sums)
-        ctx.library = library
+        ctx.library, ctx.by_torch = library, by_torch
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -264,14 +305,28 @@ class _TokenLogprobs(torch.autograd.Function):
             logits.data_ptr(), targets.data_ptr(), log_sums.data_ptr(), grad.data_ptr(), grad_logits.data_ptr(),
             T, W, torch.get_num_threads(),
         )  # fmt: skip
-        return grad_logits @ head, grad_logits.t() @ hidden, None, None
+        if ctx.by_torch:
+            return grad_logits @ head, grad_logits.t() @ hidden, None, None, None
+        return *_product_backward(ctx.library, hidden, head, grad_logits), None, None, None
 
 
 class CpuKernels:
-    """The operations on one compiled library; each as its namesake in `ops/reference.py`."""
+    """The operations on one compiled library; each as its namesake in `ops/reference.py`.
 
-    def __init__(self, library: Library) -> None:
-        self.library = library
+    bf16_by_torch   whether torch's own products of bf16 numbers are fast on this CPU; in fp32 they always are
+    """
+
+    def __init__(self, library: Library, bf16_by_torch: bool) -> None:
+        self.library, self.bf16_by_torch = library, bf16_by_torch
+
+    def _by_torch(self, x: Tensor) -> bool:
+        return self.bf16_by_torch or x.dtype != torch.bfloat16
+
+    def linear(self, x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        if self._by_torch(x):
+            return F.linear(x, weight_ND, bias_N)
+        y = _Linear.apply(x, weight_ND, self.library)
+        return y if bias_N is None else y + bias_N
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _RmsNorm.apply(x, weight.to(x.dtype), eps, self.library)
@@ -306,4 +361,17 @@ class CpuKernels:
         return _Experts.apply(x_TD, ids_TA, weights_TA, gate_up_EFD, down_EDF, self.library)
 
     def token_logprobs(self, hidden_TD: Tensor, head_WD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-        return _TokenLogprobs.apply(hidden_TD, head_WD, targets_T, self.library)
+        return _TokenLogprobs.apply(hidden_TD, head_WD, targets_T, self.library, self._by_torch(hidden_TD))
+
+    def orthogonalise(self, matrices_nRC: Tensor) -> Tensor:
+        n, R, C = matrices_nRC.shape
+        if self.bf16_by_torch or R * C > MOST_ORTHOGONALISED:
+            return reference.orthogonalise(matrices_nRC, torch.bfloat16 if self.bf16_by_torch else torch.float32)
+        x = (matrices_nRC.mT if R > C else matrices_nRC).to(
+            torch.float32, memory_format=torch.contiguous_format, copy=True
+        )
+        self.library("orthogonalise", torch.float32)(
+            x.data_ptr(), n, min(R, C), max(R, C), (ctypes.c_float * 3)(*reference.NEWTON_SCHULZ),
+            reference.NEWTON_SCHULZ_STEPS, torch.get_num_threads(),
+        )  # fmt: skip
+        return x.mT if R > C else x

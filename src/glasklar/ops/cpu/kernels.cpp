@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "attention.hpp"
-#include "experts.hpp"
+#include "linear.hpp"
 
 using namespace glasklar;
 
@@ -214,6 +214,37 @@ void feed_forward_backward(const T* x, const T* gate_up, const T* down, const T*
                         nullptr, start, expert, threads);
 }
 
+// x [T, K], weight [N, K] -> y [T, N]; shape: T, K, N.
+template <class T>
+void linear_forward(const T* x, const T* weight, T* y, const int64_t* shape, int threads) {
+    const int64_t rows = shape[0];
+    const int K = int(shape[1]), N = int(shape[2]);
+    const ExpertWeights<T> across(weight, 1, N, K, true, 3, threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t r = 0; r < rows; r += TOKEN_BLOCK)
+        linear_block(x, across[0], y, r, int(std::min<int64_t>(TOKEN_BLOCK, rows - r)), K, N);
+}
+
+template <class T>
+void linear_backward(const T* x, const T* weight, const T* grad, T* grad_x, T* grad_weight, const int64_t* shape, int threads) {
+    const int64_t rows = shape[0];
+    const int K = int(shape[1]), N = int(shape[2]), together = weight_rows(N, 1, threads), parts = (N + together - 1) / together;
+    const int64_t blocks = (rows + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    const ExpertWeights<T> down(weight, 1, N, K, false, 3, threads);
+    // The long shares first, so that the short ones even the threads out.
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < parts + blocks; ++i) {
+        if (i < parts) {
+            const int from = int(i) * together, to = std::min(from + together, N);
+            weight_gradient(0, int(rows), from, to, K, [&](int r) { return grad + int64_t(r) * N; },
+                            [&](int r) { return x + int64_t(r) * K; }, grad_weight);
+        } else {
+            const int64_t r = (i - parts) * TOKEN_BLOCK;
+            linear_block(grad, down[0], grad_x, r, int(std::min<int64_t>(TOKEN_BLOCK, rows - r)), N, K);
+        }
+    }
+}
+
 RouteShape route_shape(const int64_t* s, float scaling) {
     return {int(s[0]), int(s[1]), int(s[2]), int(s[3]), s[4] != 0, s[5] != 0, scaling};
 }
@@ -226,9 +257,8 @@ RouteShape route_shape(const int64_t* s, float scaling) {
 EXPORT int glasklar_level() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq"))
-        return 2;
+    if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
@@ -249,6 +279,12 @@ EXPORT void route_backward(const int64_t* ids, const float* scores, const float*
     for (int64_t t = 0; t < rows; ++t)
         route_backward_row(r, ids + t * r.active, scores + t * r.experts, grad_weights + t * r.active,
                            grad_scores ? grad_scores + t * r.experts : nullptr, grad_logits + t * r.experts);
+}
+
+// matrices [n, R, C], R <= C, in place.
+EXPORT void orthogonalise(float* matrices, int64_t n, int64_t R, int64_t C, const float* factors, int steps, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) orthogonalise_matrix(matrices + i * R * C, int(R), int(C), factors, steps);
 }
 
 #define EXPORT_FOR(T, suffix)                                                                                            \
@@ -299,6 +335,13 @@ EXPORT void route_backward(const int64_t* ids, const float* scores, const float*
     EXPORT void feed_forward_backward_##suffix(const T* x, const T* gu, const T* d, const T* hidden, const T* g, T* gx,  \
                                                T* ggu, T* gd, const int64_t* shape, int threads) {                       \
         feed_forward_backward(x, gu, d, hidden, g, gx, ggu, gd, shape, threads);                                         \
+    }                                                                                                                    \
+    EXPORT void linear_forward_##suffix(const T* x, const T* w, T* y, const int64_t* shape, int threads) {               \
+        linear_forward(x, w, y, shape, threads);                                                                         \
+    }                                                                                                                    \
+    EXPORT void linear_backward_##suffix(const T* x, const T* w, const T* g, T* gx, T* gw, const int64_t* shape,         \
+                                         int threads) {                                                                  \
+        linear_backward(x, w, g, gx, gw, shape, threads);                                                                \
     }
 
 EXPORT_FOR(float, f32)

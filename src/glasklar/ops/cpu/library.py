@@ -12,7 +12,12 @@ from typing import Any
 import torch
 
 # Table name -> extension module; fastest first, with the level of CPU that it needs (`glasklar_level` in kernels.cpp).
-VARIANTS = {"cpu_avx512": ("_avx512", 2), "cpu_avx2": ("_avx2", 1), "cpu_plain": ("_plain", 0)}
+VARIANTS = {
+    "cpu_avx512": ("_avx512", 3), "cpu_avx512_fp32": ("_avx512_fp32", 2), "cpu_avx2": ("_avx2", 1),
+    "cpu_plain": ("_plain", 0),
+}  # fmt: skip
+# Builds for CPUs that multiply bf16 numbers as such; all others widen them to fp32.
+MULTIPLIES_BF16 = ("cpu_avx512",)
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -29,8 +34,10 @@ BY_TYPE = {
     "experts_backward": "pppppp" + "pppp" + "ppp" + "pi",
     "feed_forward_forward": "ppppp" + "pi",
     "feed_forward_backward": "pppppppp" + "pi",
+    "linear_forward": "ppp" + "pi",
+    "linear_backward": "ppppp" + "pi",
 }
-FOR_FLOAT = {"route_forward": "ppppplpfi", "route_backward": "ppppplpfi"}
+FOR_FLOAT = {"route_forward": "ppppplpfi", "route_backward": "ppppplpfi", "orthogonalise": "plll" + "pii"}
 
 KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
