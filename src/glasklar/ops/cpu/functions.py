@@ -253,7 +253,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        return *_product_backward(ctx.library, *ctx.saved_tensors, grads[0].contiguous()), None
+        x, weight = ctx.saved_tensors
+        return *_product_backward(ctx.library, x, weight, grads[0].contiguous()), None
 
 
 def _product(library: Library, x: Tensor, weight: Tensor) -> Tensor:
