@@ -7,7 +7,7 @@ BIN     = $(VENV)/bin
 TORCH   = torch>=2.11,<=2.13.0
 SOURCES = pyproject.toml setup.py $(wildcard src/glasklar/*/cpu/*.[ch]pp)
 
-.PHONY: setup dev up test test-slow lint bench clean
+.PHONY: setup dev up test test-slow test-page lint bench clean
 
 setup: $(VENV)/.installed
 dev: $(VENV)/.dev
@@ -32,6 +32,10 @@ test: dev
 
 test-slow: dev
 	$(BIN)/python -m pytest -m slow
+
+# The page in a real browser; screenshots are left in build/page. Needs Debian's chromium.
+test-page: dev
+	$(BIN)/python -m pytest -m browser tests/page
 
 lint: dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
