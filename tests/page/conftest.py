@@ -4,6 +4,7 @@ that they did not."""
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from glasklar.serve.live import LiveServer
+from glasklar.serve.server import Site
 
 CHROMIUM = Path("/usr/bin/chromium")
 HERE = Path(__file__).parent
@@ -89,6 +91,14 @@ class Window:
         self.page.press("#question", "Enter")
         self.settled()
 
+    def until(self, expression: str) -> None:
+        """Waits for a JavaScript expression to hold. (Playwright's own way evaluates a string in the page, which the
+        page's policy forbids.)"""
+        deadline = time.monotonic() + 30
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < deadline, f"not within 30 s: {expression}"
+            self.page.wait_for_timeout(40)
+
     def settled(self) -> None:
         self.page.wait_for_selector(".turn.last.answered:not(.running)")
         self.page.wait_for_selector("#send:not([hidden])")
@@ -121,6 +131,6 @@ def parrot_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServ
     from parrot import Parrot
 
     folder = tmp_path_factory.mktemp("parrot")
-    with LiveServer(folder, port=0) as live:
+    with LiveServer(folder, Site(home=folder, port=0)) as live:
         live._backend.service = Parrot(folder)  # type: ignore[assignment]
         yield live

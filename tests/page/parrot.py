@@ -14,7 +14,7 @@ from glasklar.data.chat import Message
 from glasklar.data.tokenizer import SPECIAL, Tokenizer
 from glasklar.engine.request import SamplingParams, TokenEvent
 
-PAUSES = {"slow ": 0.03, "": 0.0}  # seconds a token, by how the question begins
+PAUSES = {"slow ": 0.05, "": 0.0}  # seconds a token, by how the question begins
 
 
 class Parrot:

@@ -52,7 +52,9 @@ def test_as_thought_answer_question_and_title(start: int, window: Any, parrot_se
         answer = page.locator(".turn.last .answer")
         for link in answer.locator("a").all():
             assert link.get_attribute("href").startswith(("https://", "http://", "mailto:"))
-        assert answer.locator("img, script, iframe, style, svg:not(.icon), form, object, embed, link, input").count() == 0
+        assert (
+            answer.locator("img, script, iframe, style, svg:not(.icon), form, object, embed, link, input").count() == 0
+        )
         for element in answer.locator("*").all()[:200]:
             names = element.evaluate("e => e.getAttributeNames()")
             assert not [name for name in names if name.startswith("on") or name == "style"]
@@ -78,10 +80,11 @@ def test_as_thought_answer_question_and_title(start: int, window: Any, parrot_se
 def test_in_names_of_files_and_in_the_tree_itself(window: Any, parrot_server: LiveServer) -> None:
     watched = window(parrot_server.url)
     page = watched.open()
+    name, text = "<img src=x onerror=window.hit=1>.txt", b"<script>window.hit=1</script>"
     files = [
-        {"name": "<img src=x onerror=window.hit=1>.txt", "mimeType": "text/plain", "buffer": b"<script>window.hit=1</script>"},
+        {"name": name, "mimeType": "text/plain", "buffer": text},
         {"name": "pic.png", "mimeType": "image/png", "buffer": b"\x89PNG\xff\xfe\x00"},
-    ]  # fmt: skip
+    ]
     page.set_input_files("#picker", files)
     page.wait_for_selector("#files .file")
     assert page.locator("#files .file").count() == 1
@@ -97,10 +100,13 @@ def test_the_policy_is_the_last_wall(window: Any, parrot_server: LiveServer) -> 
     watched = window(parrot_server.url)
     page = watched.open()
     page.evaluate(
-        """() => { const d = document.createElement('div');
-        d.innerHTML = '<img src=x onerror="window.hit=1"><p style="color:red">x</p><img src="https://evil.example/y">';
-        document.body.append(d);
-        const s = document.createElement('script'); s.textContent = 'window.hit=1'; document.body.append(s);
+        """() => { const tried = (act) => { try { act(); } catch { /* refused, which is the point */ } };
+        tried(() => { document.body.innerHTML = '<img src=x onerror="window.hit=1">'; });
+        tried(() => { trustedTypes.createPolicy('other', {}); });
+        const put = (tag) => document.body.appendChild(document.createElement(tag));
+        tried(() => { put('script').textContent = 'window.hit=1'; });
+        tried(() => { put('img').src = 'https://evil.example/y'; });
+        tried(() => { const b = put('b'); b.setAttribute('onclick', 'window.hit=1'); b.click(); });
         return fetch('https://evil.example/z').catch(() => null); }"""
     )
     page.wait_for_timeout(200)

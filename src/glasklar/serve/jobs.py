@@ -243,7 +243,11 @@ async def inside_answer(service: ModelService, entry: Entry) -> dict[str, Any]:
     splitter = Splitter(tokenizer, {"enabled": True, "disabled": False}.get(entry.settings.get("thinking", "auto")))
 
     def text(token: int) -> str:
-        return tokenizer.token_bytes(token).decode(errors="replace")
+        raw = tokenizer.token_bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:  # a part of a character
+            return "".join(f"‹{byte:02X}›" for byte in raw)
 
     tokens = []
     for token, said in zip(found["tokens"], entry.trail["logprobs"], strict=True):

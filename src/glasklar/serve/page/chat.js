@@ -86,13 +86,14 @@ export class Chat {
     return [...this.messages.values()].filter((one) => one.parent === message.parent && one.role === message.role);
   }
 
-  // To another version of a message, and from there on along the newest.
+  // To another version of a message, where it was last gone on with.
   async toVersion(message) {
+    const below = new Set([message.id]);
     let leaf = message;
-    for (;;) {
-      const next = [...this.messages.values()].filter((one) => one.parent === leaf.id).at(-1);
-      if (!next) break;
-      leaf = next;
+    for (const one of this.messages.values()) {
+      if (!below.has(one.parent)) continue;
+      below.add(one.id);
+      if (one.created >= leaf.created) leaf = one;
     }
     this.leaf = leaf.id;
     this.show();

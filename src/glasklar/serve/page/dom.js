@@ -56,10 +56,13 @@ const ATTRIBUTES = new Set(['title', 'start', 'display', 'mathvariant', 'stretch
 const CLASS = /^(hl-[a-z0-9]+|language-[a-z]+|left|center|right)$/;
 const ADDRESS = /^(https?:\/\/|mailto:)/i;
 
+// The one place where text becomes HTML, and then only to be read.
+const policy = window.trustedTypes?.createPolicy('glasklar', { createHTML: (html) => html });
+
 // Shows sanitised HTML in `element`. What has not changed since the last time stays as it is, so that a growing answer
 // keeps its selection and does not flicker.
 export function showMarkup(element, html, dress) {
-  const read = new DOMParser().parseFromString(html, 'text/html'); // inert: runs and loads nothing
+  const read = new DOMParser().parseFromString(policy ? policy.createHTML(html) : html, 'text/html'); // inert: runs and loads nothing
   const fresh = [...read.body.childNodes].map(rebuilt).filter((node) => node !== null);
   const old = [...element.childNodes];
   const same = fresh.findIndex((node, k) => !old[k]?.plain?.isEqualNode(node));

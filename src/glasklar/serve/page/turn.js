@@ -78,7 +78,7 @@ export class Turn {
       const thinks = running && !message.content;
       this.summary.textContent = thinks ? words.thinkingFor(seconds, tokens) : words.thought(seconds, tokens);
       this.fold.classList.toggle('thinking', thinks);
-      showMarkup(this.thoughts, message.reasoning_html);
+      showMarkup(this.thoughts, message.reasoning_html, dress);
       if (!this.chosen && !thinks) this.fold.open = message.reasoning.length <= SHORT_THOUGHT;
     }
     showMarkup(this.content, message.html, dress);

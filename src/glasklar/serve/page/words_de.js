@@ -6,7 +6,7 @@ export const DE = {
   hideList: 'Gespräche ausblenden', showList: 'Gespräche zeigen', model: 'Modell', welcome: 'Worüber soll ich nachdenken?',
   ask: 'Frag etwas', send: 'Senden', stop: 'Halt', attach: 'Textdatei anhängen', drop: 'Textdatei hier ablegen', remove: (name) => `${name} entfernen`,
   notText: (name) => `${name} ist keine Textdatei.`, tooLarge: (name) => `${name} ist zu groß; eine Datei darf 1 MB haben.`, tooMany: 'Zu einer Frage gehören höchstens 8 Dateien.',
-  thinking: 'Nachdenken', auto: 'Denkt nach Belieben', always: 'Denkt immer nach', never: 'Antwortet sofort',
+  thinking: 'Nachdenken', auto: 'Denkt nach Belieben', always: 'Denkt immer', never: 'Antwortet sofort',
   today: 'Heute', yesterday: 'Gestern', earlier: 'Früher', nothingFound: 'Nichts gefunden', noneYet: 'Noch keine Gespräche',
   more: (title) => `Mehr zu ${title}`, rename: 'Umbenennen', exportMd: 'Als Markdown sichern', exportJson: 'Als JSON sichern', delete: 'Löschen',
   confirmDelete: (title) => `„${title}“ löschen? Es ist dann auch auf dem Server fort.`, cancel: 'Abbrechen', close: 'Schließen',
