@@ -32,6 +32,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout"
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run, a Hugging Face folder, a pulled hub id, or the name of a run")
 ]
+DType = Annotated[str | None, typer.Option(help="Of the weights in memory: float32 or bfloat16 (default)")]
+Quantize = Annotated[str | None, typer.Option(help="int8 or int4, while loading: less memory, faster answers")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port on the loopback address; 0 takes a free one")]
 
 
@@ -94,11 +96,11 @@ def _train(name: str, run: Path | None, runtime: Runtime, seed: int | None = Non
 
 
 @app.command()
-def chat(model: ModelName = "spark", threads: Threads = None) -> None:
+def chat(model: ModelName = "spark", dtype: DType = None, quantize: Quantize = None, threads: Threads = None) -> None:
     """Talk to a model in the terminal."""
     from glasklar.terminal import converse
 
-    converse(_load(model, _runtime(threads)))
+    converse(_load(model, _runtime(threads), dtype, quantize))
 
 
 @app.command()
@@ -122,6 +124,8 @@ def serve(
     running: Annotated[int, typer.Option(min=1, help="Answers computed at once")] = Limits.running,
     queued: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them")] = Limits.queued,
     cache_tokens: Annotated[int, typer.Option(min=16, help="Tokens that the cache holds")] = Limits.cache_tokens,
+    dtype: DType = None,
+    quantize: Quantize = None,
     threads: Threads = None,
 ) -> None:
     """Serve a model: OpenAI-compatible API and a page."""
@@ -143,7 +147,7 @@ def serve(
         limits=Limits(running=running, queued=queued, cache_tokens=cache_tokens),
     )
     runtime = _runtime(threads)
-    found = open_folder(find_model(model, _home()), runtime)
+    found = open_folder(find_model(model, _home()), runtime, dtype, quantize)
     folder = found.folder.parent
     run = folder if (folder / "metrics.jsonl").is_file() else None
     run_server(found, site, run=run, tracing=_tracing(run, runtime))
@@ -222,6 +226,8 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     receipt: Annotated[Path | None, typer.Option(help="Write a signed receipt here, for `glasklar verify`")] = None,
+    dtype: DType = None,
+    quantize: Quantize = None,
     as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
@@ -232,7 +238,7 @@ def generate(
     from glasklar.provenance.signing import Signer
 
     result = answer(
-        _load(model, runtime),
+        _load(model, runtime, dtype, quantize),
         prompt,
         prompt_ids,
         max_tokens=max_tokens,
@@ -252,6 +258,8 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test, valid or train")] = "test",
     problems: Annotated[int, typer.Option(min=1)] = 128,
     samples: Annotated[int, typer.Option(min=1)] = 16,
+    dtype: DType = None,
+    quantize: Quantize = None,
     as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
@@ -259,7 +267,7 @@ def evaluate(
     from glasklar.api import evaluate as measure
     from glasklar.display import evaluation_table
 
-    result = measure(_load(model, _runtime(threads)), split=split, problems=problems, samples=samples)
+    result = measure(_load(model, _runtime(threads), dtype, quantize), split=split, problems=problems, samples=samples)
     _print(result, as_json, evaluation_table(result))
 
 
@@ -478,10 +486,13 @@ def _tracing(run: Path | None, runtime: Runtime) -> Any:
     return None if run is None else RunTracing(RunDir(run), _home() / "cache" / "trace", runtime)
 
 
-def _load(name: str, runtime: Runtime) -> Any:
+def _load(name: str, runtime: Runtime, dtype: str | None = None, quantize: str | None = None) -> Any:
+    from glasklar.display import bytes_progress
     from glasklar.loading import find_model, load
 
-    return load(find_model(name, _home()), runtime)
+    folder = find_model(name, _home())
+    with bytes_progress(err, f"loading {name}") as progress:
+        return load(folder, runtime, dtype, quantize=quantize, progress=progress)
 
 
 def main() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from glasklar.data.foreign import open_tokenizer
 from glasklar.data.tokenizer import Tokenizer
-from glasklar.errors import CheckpointError
+from glasklar.engine.native_runner import logits_of
+from glasklar.engine.packed import PackedModel, Quantisation, load_packed
+from glasklar.errors import CheckpointError, RequestError
 from glasklar.hub import RECORD, folder_of, is_id
 from glasklar.model.attention import document_mask
 from glasklar.model.checkpoint import load_model, read_config
@@ -21,6 +25,7 @@ from glasklar.ops.select import select
 from glasklar.runtime import Precision, Runtime
 
 DTYPES: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16"}
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +34,14 @@ class ModelFolder:
 
     tokenizer   None for a folder that has none: such a model speaks ids only
     runtime     what it is computed with, its precision included
+    quantize    "int8" or "int4": its weights are packed for the engine while they are read
     """
 
     folder: Path
     config: ModelConfig
     tokenizer: Tokenizer | None
     runtime: Runtime
+    quantize: str | None = None
 
     @property
     def name(self) -> str:
@@ -49,13 +56,26 @@ class ModelFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class Model(ModelFolder):
-    """A network ready to answer."""
+    """A network ready to answer; a quantised one answers and gives logits, and shows nothing of its inside."""
 
-    network: Transformer
+    network: Transformer | PackedModel
+
+    @property
+    def transformer(self) -> Transformer:
+        """The network with all of its inner values. Raises RequestError where it is packed for answering alone."""
+        if isinstance(self.network, PackedModel):
+            raise RequestError(
+                f"{self.name} is loaded as {self.network.precision} for answering alone; load it without quantize"
+            )
+        return self.network
 
     @torch.inference_mode()
     def logits(self, ids: Tensor | list[int]) -> Tensor:
         """Logits [B, T, W] (or [T, W] for one sequence) in fp32; no padding, positions from 0."""
+        if isinstance(self.network, PackedModel):
+            wanted = torch.as_tensor(ids)
+            rows = [logits_of(self.network, row.tolist()) for row in (wanted if wanted.ndim > 1 else [wanted])]
+            return torch.stack(rows) if wanted.ndim > 1 else rows[0]
         ids_BT = torch.as_tensor(ids, device=self.network.head_WD.device)
         single = ids_BT.ndim == 1
         ids_BT = ids_BT[None] if single else ids_BT
@@ -107,21 +127,46 @@ def _pulled(name: str, home: Path) -> Path:
     raise CheckpointError(f"no model {name!r}: {state} here; fetch it with: glasklar pull {name}")
 
 
-def load(folder: Path | str, runtime: Runtime, dtype: str | None = None) -> Model:
-    """Loads network and tokenizer of a Hugging Face folder; `dtype`: "float32" or "bfloat16" (else the runtime's)."""
-    found = open_folder(folder, runtime, dtype)
+def load(
+    folder: Path | str,
+    runtime: Runtime,
+    dtype: str | None = None,
+    *,
+    quantize: str | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Model:
+    """Loads network and tokenizer of a Hugging Face folder, piece by piece.
+
+    dtype      "float32" or "bfloat16" (else the runtime's)
+    quantize   "int8" or "int4" instead; what is not packed (the embedding table) stays as it is stored
+    progress   is told bytes read and bytes in all
+    """
+    found = open_folder(folder, runtime, dtype, quantize)
     runtime = found.runtime
-    network = load_model(found.folder, dtype=runtime.dtype, ops=select(runtime), device=runtime.device)
-    return Model(**vars(found) | {"network": network.requires_grad_(False), "config": network.config})
+    network: Transformer | PackedModel
+    if quantize is None:
+        ops, device = select(runtime), runtime.device
+        network = load_model(found.folder, dtype=runtime.dtype, ops=ops, device=device, progress=progress)
+        network.requires_grad_(False)
+    else:
+        network = load_packed(found.folder, quantize, threads=runtime.threads, progress=progress)
+    return Model(**vars(found) | {"network": network, "config": network.config})
 
 
-def open_folder(folder: Path | str, runtime: Runtime, dtype: str | None = None) -> ModelFolder:
+def open_folder(
+    folder: Path | str, runtime: Runtime, dtype: str | None = None, quantize: str | None = None
+) -> ModelFolder:
     """What `load` loads, but for the weights."""
     folder = Path(folder)
     if dtype is not None:
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
         runtime = replace(runtime, compute=DTYPES[dtype])
+    if quantize is not None:
+        if quantize not in get_args(Quantisation):
+            raise CheckpointError(f"quantize = {quantize!r}: use one of {', '.join(get_args(Quantisation))}")
+        if dtype is not None or runtime.device != "cpu":
+            raise CheckpointError(f"quantize = {quantize!r} goes without dtype, and on the CPU; leave one of them out")
     config = read_config(folder)
     tokenizer = open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    return ModelFolder(folder=folder, config=config, tokenizer=tokenizer, runtime=runtime)
+    return ModelFolder(folder=folder, config=config, tokenizer=tokenizer, runtime=runtime, quantize=quantize)

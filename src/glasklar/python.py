@@ -22,9 +22,10 @@ def runtime(threads: int | None = None) -> Runtime:
     return start(prepare(threads))
 
 
-def load(model: str | Path, *, dtype: str | None = None) -> Model:
-    """A model by run folder, Hugging Face folder or name; `dtype` "float32" or "bfloat16" (default)."""
-    return load_folder(find_model(str(model), home(os.environ)), runtime(), dtype)
+def load(model: str | Path, *, dtype: str | None = None, quantize: str | None = None) -> Model:
+    """A model by run folder, Hugging Face folder, hub id or name; `dtype` "float32" or "bfloat16" (default); `quantize`
+    "int8" or "int4": see `loading.load`."""
+    return load_folder(find_model(str(model), home(os.environ)), runtime(), dtype, quantize=quantize)
 
 
 def train(recipe: str, *, run: str | Path | None = None, seed: int | None = None) -> Path:

@@ -44,7 +44,14 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "llama, tied, wide heads": {**_GROUPED, "tie_word_embeddings": True, "head_dim": 32},
     "llama, yarn": {**_GROUPED, "rope_scaling": _YARN},
+    "llama, llama3's rope": {
+        **_GROUPED, "rope_scaling": {
+            "type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+    },
     "qwen2": {**_GROUPED, "attention_bias": True},
+    "qwen2, yarn": {**_GROUPED, "attention_bias": True, "rope_scaling": _YARN},
     "qwen3": {**_GROUPED, "qk_norm": True, "head_dim": 32},
     "qwen3moe": {
         **_GROUPED, "qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,

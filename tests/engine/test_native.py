@@ -35,6 +35,26 @@ SHAPES = {
     "softmax gate": {**MLA, "scoring_func": "softmax", "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
     "yarn": {**MLA, "rope_scaling": YARN},
     "gqa": GQA,
+    "norms, windows": {
+        **GQA,
+        "qk_norm": True,
+        "num_hidden_layers": 3,
+        "sliding_window": 37,
+        "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+    },
+    "sinks, clamped experts": {
+        **GQA,
+        "output_bias": True,
+        "attention_sinks": True,
+        "sliding_window": 130,
+        "num_key_value_heads": 3,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "n_routed_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 33,
+        "scoring_func": "softmax",
+        "swiglu_limit": 0.4,
+    },
     "gqa, experts": {**GQA, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 33},
 }
 LENGTHS = (3, 40, 300)  # the last reaches into a second span of keys
@@ -93,7 +113,7 @@ def test_float_logits_are_those_of_the_network(shape: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", ["query latents, biases", "gqa, experts"])
+@pytest.mark.parametrize("shape", ["query latents, biases", "gqa, experts", "sinks, clamped experts"])
 def test_same_bits_alone_in_company_in_any_chunks_threads_and_builds(shape: str, kind: str) -> None:
     model = network(shape)
     together = logits_of(native(model, BUILDS[0], kind), prompts(model), 512)

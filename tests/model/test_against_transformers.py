@@ -14,7 +14,7 @@ from transformers.utils import logging
 from glasklar.engine.engine import Engine
 from glasklar.engine.native_runner import runs_native
 from glasklar.engine.request import SamplingParams
-from glasklar.model.attention import document_mask
+from glasklar.model.attention import LayerCache, cache_mask, document_mask
 from glasklar.model.checkpoint import load_model, save_model
 from glasklar.model.config import ModelConfig
 from glasklar.model.init import build, initialise
@@ -53,6 +53,14 @@ QWEN3 = {**LLAMA, "qk_norm": True}
 QWEN3_MOE = {
     **QWEN3, "scoring_func": "softmax", "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
 }  # fmt: skip
+# One window of 9 tokens, which every prompt but the shortest leaves behind.
+WINDOW = {"sliding_window": 9}
+FULL, SLIDING = "full_attention", "sliding_attention"
+GPT_OSS = {
+    **LLAMA, "attention_bias": True, "output_bias": True, "attention_sinks": True, "scoring_func": "softmax",
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 20, "moe_intermediate_size": 20,
+    "swiglu_limit": 1.5, **WINDOW, "layer_types": [SLIDING, FULL, SLIDING],
+}  # fmt: skip
 
 CASES = {
     "deepseek": DEEPSEEK,
@@ -87,12 +95,31 @@ CASES = {
     "qwen2": {**LLAMA, "attention_bias": True},
     "qwen2, tied": {**LLAMA, "attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4},
     "qwen2, yarn": {**LLAMA, "attention_bias": True, "rope_scaling": YARN},
+    "llama, biases": {**LLAMA, "attention_bias": True, "output_bias": True},
+    "qwen2, window in later layers": {
+        **LLAMA, "attention_bias": True, **WINDOW, "layer_types": [FULL, SLIDING, SLIDING],
+    },
     "qwen3": QWEN3,
+    "qwen3, biases, window": {
+        **QWEN3, "attention_bias": True, "output_bias": True, **WINDOW, "layer_types": [SLIDING, FULL, SLIDING],
+    },
     "qwen3, tied, wide heads": {**QWEN3, "tie_word_embeddings": True, "head_dim": 16},
     "qwen3, yarn": {**QWEN3, "rope_scaling": YARN},
     "qwen3_moe": QWEN3_MOE,
     "qwen3_moe, not normalised": {**QWEN3_MOE, "norm_topk_prob": False},
     "qwen3_moe, yarn, tied": {**QWEN3_MOE, "rope_scaling": YARN, "tie_word_embeddings": True},
+    "qwen3_moe, biases, window": {
+        **QWEN3_MOE, "attention_bias": True, "output_bias": True, **WINDOW, "layer_types": [SLIDING] * 3,
+    },
+    "gpt_oss": GPT_OSS,
+    "gpt_oss, its yarn": {**GPT_OSS, "rope_scaling": {**YARN, "truncate": False}},
+    "gpt_oss, full attention, tied, other gate": {
+        **GPT_OSS, "sliding_window": None, "layer_types": None, "tie_word_embeddings": True, "swiglu_alpha": 1.3,
+    },
+    "gpt_oss, without attention's biases, one key head, yarn with a factor": {
+        **GPT_OSS, "attention_bias": False, "output_bias": False, "num_key_value_heads": 1,
+        "rope_scaling": {**YARN, "attention_factor": 1.1},
+    },
 }  # fmt: skip
 
 
@@ -103,7 +130,7 @@ def network(request) -> Transformer:
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith((".bias", "bias")):
+            if name.endswith(("bias", "_bias_EF", "_bias_ED")):
                 # As large as differences between scores, so that the bias decides for some tokens.
                 tensor.normal_(0.0, 0.1, generator=generator)
             elif name.endswith("norm.weight"):
@@ -121,6 +148,16 @@ def our_logits(model: Transformer, ids_BT: Tensor) -> Tensor:
     position_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
     at = model.at(position_BT, document_mask(torch.zeros_like(ids_BT), model.dtype))
     return model.logits(model(ids_BT, at).hidden_BTD)
+
+
+def absorbed_logits(model: Transformer, ids_BT: Tensor) -> Tensor:
+    """The same with attention over the cache: for MLA over the latents as they lie there."""
+    B, T = ids_BT.shape
+    position_BT = torch.arange(T).expand(B, T)
+    at = model.at(position_BT, cache_mask(position_BT, T, model.dtype), torch.arange(T))
+    rows = torch.zeros(B, T, model.config.cache_width)
+    caches = [LayerCache(rows.clone(), position_BT) for _ in model.layers]
+    return model.logits(model(ids_BT, at, caches, absorbed=True).hidden_BTD)
 
 
 def prompts() -> list[Tensor]:
@@ -143,8 +180,9 @@ def test_logits_and_greedy_tokens_against_transformers(network, tmp_path):
     assert expected_BTW.std() > 0.1, "the random model must tell tokens apart for this test to mean something"
     for prompt, expected_TW in zip(given, expected_BTW, strict=True):
         expected_TW = expected_TW[: len(prompt)]
-        difference = (our_logits(ours, prompt[None])[0] - expected_TW).abs().max()
-        assert difference < 1e-4 * expected_TW.abs().max()
+        for logits in (our_logits, absorbed_logits):
+            difference = (logits(ours, prompt[None])[0] - expected_TW).abs().max()
+            assert difference < 1e-4 * expected_TW.abs().max()
     start = given[1][None]
     expected = theirs.generate(start, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
     assert len(expected) == start.shape[1] + 64
@@ -183,7 +221,7 @@ def test_prediction_modules_against_transformers(depths, tmp_path, monkeypatch):
 def test_families_say_what_they_are(tmp_path):
     """A folder of each family is opened by its own class, with nothing missing, and no end token made up."""
     kinds = {}
-    for name in ("deepseek", "V2", "llama", "qwen2", "qwen3", "qwen3_moe"):
+    for name in ("deepseek", "V2", "llama", "qwen2", "qwen3", "qwen3_moe", "gpt_oss"):
         save_model(initialise(build(ModelConfig.read(CASES[name], name)), 1), tmp_path / name)
         theirs = load_theirs(tmp_path / name)
         kinds[name] = type(theirs).__name__
@@ -196,6 +234,7 @@ def test_families_say_what_they_are(tmp_path):
         "qwen2": "Qwen2ForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
         "qwen3_moe": "Qwen3MoeForCausalLM",
+        "gpt_oss": "GptOssForCausalLM",
     }
 
 
@@ -204,7 +243,8 @@ def test_families_say_what_they_are(tmp_path):
     "name",
     [
         *("deepseek", "V2, groups", "yarn", "llama, tied", "llama, yarn", "llama, llama3's rope"),
-        *("qwen2", "qwen3", "qwen3_moe"),
+        *("qwen2", "qwen2, window in later layers", "qwen3", "qwen3, biases, window", "qwen3_moe"),
+        *("qwen3_moe, biases, window", "gpt_oss", "gpt_oss, its yarn"),
     ],
 )
 def test_folders_written_by_transformers_load(name, tmp_path):

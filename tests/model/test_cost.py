@@ -49,9 +49,15 @@ def deepseek(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate(fields | changes)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+def gpt_oss(**changes: object) -> ModelConfig:
+    fields = dict(load_shape("gpt-oss-20b").config) | {"num_hidden_layers": 2, "vocab_size": 64, "hidden_size": 32}
+    fields |= {"layer_types": ("sliding_attention", "full_attention"), "intermediate_size": 12, "head_dim": 8}
+    return ModelConfig.model_validate(fields | {"moe_intermediate_size": 12} | changes)
+
+
+@pytest.mark.parametrize("seed", [*SEEDS, "gpt_oss"])
 def test_parameters_equal_those_of_the_built_network(seed):
-    config = random_config(seed)
+    config = gpt_oss() if seed == "gpt_oss" else random_config(seed)
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in Transformer(config).named_parameters()}
     mtp = sum(size for name, size in sizes.items() if name.startswith("mtp."))
@@ -74,6 +80,7 @@ def test_random_shapes_cover_both_attentions_experts_and_mtp():
     ("llama-3.1-8b", 8.03e9, None),
     ("llama-3.1-70b", 70.6e9, None),
     ("llama-3.1-405b", 405.85e9, None),
+    ("gpt-oss-20b", 20.9e9, None),
     ("qwen2.5-72b", 72.7e9, None),
     ("r1-distill-qwen-1.5b", 1.777e9, None),
 ])  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 from glasklar.audit.findings import Findings
 from glasklar.engine.engine import Engine
 from glasklar.engine.native_runner import computed_by
+from glasklar.engine.packed import PackedModel
 from glasklar.engine.request import Completion, SamplingParams
 from glasklar.errors import RecordError
 from glasklar.loading import Model, load
@@ -70,7 +71,7 @@ class Attestor:
 
 
 def answer_alone(
-    network: Transformer, prompt: Sequence[int], params: SamplingParams, ids: Sequence[int], finish: str
+    network: Transformer | PackedModel, prompt: Sequence[int], params: SamplingParams, ids: Sequence[int], finish: str
 ) -> Completion:
     """The answer once more, in a fresh engine with nobody beside it; one that was cut off is made up to the cut."""
     if finish == "cancelled":

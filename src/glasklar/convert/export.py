@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -14,10 +15,12 @@ from glasklar.convert.gguf_metadata import DType, architecture, metadata
 from glasklar.convert.gguf_tensors import entries
 from glasklar.convert.gguf_vocab import read_vocabulary
 from glasklar.errors import CheckpointError
-from glasklar.model.checkpoint import hf_tensors, load_model, save_model
-from glasklar.model.hf_config import read_json
+from glasklar.model.checkpoint import WEIGHTS, hf_tensors, load_model, new_folder, open_checkpoint
+from glasklar.model.hf_config import config_to_hf, read_json
+from glasklar.model.tensor_file import write_file
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import REFERENCE
+from glasklar.provenance.files import sync, write_atomic, writing
 
 Format = Literal["hf", "gguf"]
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,7 +28,7 @@ _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # What makes a folder a model beside its weights and configuration, which are written anew.
 _COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
-    "merges.txt", "recipe.json", "LICENSE", "README.md",
+    "merges.txt", "generation_config.json", "recipe.json", "LICENSE", "README.md",
 )  # fmt: skip
 
 Progress = Callable[[int, int], None]
@@ -66,22 +69,42 @@ def convert(
     if os.path.lexists(out):
         raise CheckpointError(f"{out}: exists already; choose another --out or remove it first")
     kind = cast(DType, dtype)
-    return _to_hf(folder, out, kind) if to == "hf" else _to_gguf(folder, out, kind, name, progress)
+    return _to_hf(folder, out, kind, progress) if to == "hf" else _to_gguf(folder, out, kind, name, progress)
 
 
-def _to_hf(folder: Path, out: Path, dtype: DType) -> Converted:
+def _to_hf(folder: Path, out: Path, dtype: DType, progress: Progress) -> Converted:
+    """Tensor by tensor, under the names and in the shapes that they have; quantised ones become numbers."""
     if dtype == "q8_0":
         raise CheckpointError("--dtype q8_0: Hugging Face folders know no such type; use fp32, bf16, fp16 or --to gguf")
-    model = _load(folder, _TORCH[dtype])
-    if dtype == "fp16":
-        for name, tensor in hf_tensors(model).items():
-            if not torch.isfinite(tensor).all():
+    opened, wanted = open_checkpoint(folder), _TORCH[dtype]
+    # What decides who answers keeps the type that it came in.
+    types = {name: weight.dtype if _decides(name) else wanted for name, weight in opened.weights.items()}
+
+    def content(name: str) -> Iterator[torch.Tensor]:
+        for piece in opened.weights[name].in_order():
+            if types[name] == torch.float16 and not torch.isfinite(piece.to(torch.float16)).all():
                 raise CheckpointError(f"{name}: has values beyond fp16; use --dtype bf16")
-    extra = {companion: path.read_bytes() for companion in _COMPANIONS if (path := folder / companion).is_file()}
+            yield piece
+
+    ids = {f"{role}_token_id" for role in ("bos", "eos", "pad")}
+    special = {key: value for key, value in read_json(folder / "config.json").items() if key in ids}
+    config = config_to_hf(opened.config) | {"torch_dtype": str(wanted).removeprefix("torch.")} | special
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, out, extra=extra)
-    size = sum(path.stat().st_size for path in out.iterdir())
-    return Converted(path=out, format="hf", dtype=dtype, bytes=size)
+    opened.check_copies()
+    with new_folder(out) as temporary:
+        with writing(out):
+            shapes = {name: (types[name], weight.shape) for name, weight in sorted(opened.weights.items())}
+            write_file(temporary / WEIGHTS, shapes, content, progress)
+            sync(temporary / WEIGHTS)
+        for companion in _COMPANIONS:
+            if (folder / companion).is_file():
+                write_atomic(temporary / companion, (folder / companion).read_bytes())
+        write_atomic(temporary / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    return Converted(path=out, format="hf", dtype=dtype, bytes=sum(path.stat().st_size for path in out.iterdir()))
+
+
+def _decides(name: str) -> bool:
+    return ".mlp.gate." in name or ".mlp.router." in name
 
 
 def _to_gguf(folder: Path, out: Path, dtype: DType, name: str, progress: Progress) -> Converted:

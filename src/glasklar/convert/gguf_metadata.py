@@ -39,8 +39,16 @@ def architecture(config: ModelConfig) -> Architecture:
     for name, field in type(config).model_fields.items():
         if name not in _CARRIED and getattr(config, name) != field.get_default(call_default_factory=True):
             raise _unknown_there(f"{name} = {str(getattr(config, name))[:60]}")
-    if config.rope_scaling is not None and config.rope_scaling.type != "yarn":
-        raise _unknown_there(f"rope scaling of type {config.rope_scaling.type!r}")
+    name = _name(config)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.type != "yarn" and name != "llama":
+        raise _unknown_there(f"rope scaling of type {scaling.type!r} in the architecture {name}")
+    if scaling is not None and (not scaling.truncate or scaling.attention_factor is not None):
+        raise _unknown_there("YaRN with truncate = false or with an attention_factor")
+    return name
+
+
+def _name(config: ModelConfig) -> Architecture:
     if config.is_mla:
         _check_latent(config)
         return "deepseek2"
@@ -152,7 +160,7 @@ def _experts(config: ModelConfig) -> dict[str, Value]:
 
 def _rope_scaling(config: ModelConfig) -> dict[str, Value]:
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.type == "llama3":  # that one is a tensor: `gguf_tensors.entries`
         return {}
     keys: dict[str, Value] = {
         "rope.scaling.type": "yarn",

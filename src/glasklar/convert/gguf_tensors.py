@@ -11,6 +11,7 @@
     mlp.gate, its e_score_correction_bias         blk.N.ffn_gate_inp, exp_probs_b
     mlp.experts.e.{gate,up,down}_proj for each e  blk.N.ffn_{gate,up,down}_exps [E, …]
     mlp.shared_experts.{gate,up,down}_proj        blk.N.ffn_{gate,up,down}_shexp
+    (Llama 3's rope scaling in config.json)       rope_freqs
 
 llama.cpp rotates neighbours in the `llama` and `deepseek2` architectures and halves in those of Qwen; rows of queries
 and keys are put in the order that it rotates.
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from glasklar.convert.gguf_metadata import architecture
 from glasklar.errors import CheckpointError
+from glasklar.model.attention import inverse_frequencies
 from glasklar.model.config import ModelConfig
 
 _OUTER = {
@@ -79,6 +81,8 @@ def entries(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[Entr
     Layers from `num_hidden_layers` on, which predict further tokens, are left out: llama.cpp's deepseek2 does not use
     them. Raises CheckpointError for a tensor without a place.
     """
+    if config.rope_scaling is not None and config.rope_scaling.type == "llama3":
+        yield _entry("rope_freqs.weight", _slowed(config))
     experts: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         if name in _OUTER:
@@ -98,6 +102,12 @@ def entries(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[Entr
     for name, stack in experts.items():
         shape = (len(stack), *stack[0].shape)
         yield Entry(name=name, shape=shape, make=lambda stack=stack: torch.stack(stack), exact=False)  # type: ignore[misc]
+
+
+def _slowed(config: ModelConfig) -> Tensor:
+    """By what llama.cpp divides each rotary frequency [R/2]: Llama 3's scaling."""
+    plain, _ = inverse_frequencies(config.replace(rope_scaling=None))
+    return plain / inverse_frequencies(config)[0]
 
 
 def _of_layer(block: str, inner: str, leaf: str, tensor: Tensor, config: ModelConfig) -> Iterator[Entry]:

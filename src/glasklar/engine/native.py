@@ -43,7 +43,8 @@ class NativeNetwork:
             active=c.num_experts_per_tok or 0, groups=c.n_group, groups_kept=c.topk_group,
             sigmoid=c.scoring_func == "sigmoid", normalise=c.norm_topk_prob, interleave=c.rope_interleave, page=page,
             float_cache=float_cache, max_tokens=max_tokens, scaling=c.routed_scaling_factor, eps=c.rms_norm_eps,
-            latent_eps=LATENT_EPS, softmax_scale=c.softmax_scale,
+            latent_eps=LATENT_EPS, softmax_scale=c.softmax_scale, swiglu_alpha=c.swiglu_alpha,
+            swiglu_limit=c.swiglu_limit or 0.0,
         )  # fmt: skip
         blocks = [*model.layers, *([model.draft.block] if model.draft is not None else [])]
         layers = (Layer * len(blocks))(*map(_layer, blocks))
@@ -120,7 +121,7 @@ class NativeNetwork:
 
 
 def _layer(packed: PackedLayer) -> Layer:
-    layer = Layer(hidden=packed.hidden, expert_hidden=packed.expert_hidden)
+    layer = Layer(window=packed.window, hidden=packed.hidden, expert_hidden=packed.expert_hidden)
     for name, vector in packed.vectors.items():
         setattr(layer, name, vector.data_ptr())
     for name, matrix in packed.matrices.items():

@@ -26,17 +26,18 @@ PASS_TOKENS = 512
 
 
 def runs_native(model: Transformer | PackedModel) -> bool:
-    """Whether the C++ pass can run this network here: compiled, on the CPU, in fp32 or bf16, and without norms on
-    queries and keys, which it does not have."""
+    """Whether the C++ pass can run this network here: compiled, on the CPU, in fp32 or bf16."""
     if isinstance(model, PackedModel):
         return True
     weight = model.embed_tokens.weight
     known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-    return known and not model.config.qk_norm and library.best() is not None
+    return known and library.best() is not None
 
 
-def computed_by(network: Transformer) -> dict[str, str]:
+def computed_by(network: Transformer | PackedModel) -> dict[str, str]:
     """What computes a network here, for the record: the ops of PyTorch's passes, and whose passes the engine runs."""
+    if isinstance(network, PackedModel):
+        return {"ops": f"none, packed as {network.precision}", "passes": "C++"}
     return {"ops": network.ops.name, "passes": "C++" if runs_native(network) else "torch"}
 
 
@@ -46,6 +47,21 @@ class _Ahead:
 
     start: int
     states_TD: NDArray[np.float32]
+
+
+def logits_of(model: PackedModel, ids: Sequence[int]) -> torch.Tensor:
+    """Logits [T, W] after each token of a sequence, in fp32."""
+    runner = NativeRunner(model, max_slots=1, max_tokens=len(ids) + PAGE)
+    runner.cache.begin(0, ids)
+    runner.cache.reach(0, len(ids))
+    parts = []
+    for begin in range(0, len(ids), PASS_TOKENS):
+        positions = np.arange(begin, min(begin + PASS_TOKENS, len(ids)), dtype=np.int32)
+        tokens, count = np.array(ids[begin : begin + PASS_TOKENS], np.int32), len(positions)
+        rows, outputs = np.zeros(count, np.int32), np.arange(count, dtype=np.int32)
+        logits, _, _ = runner._run(tokens, positions, rows, outputs, np.zeros(count), np.zeros(count))
+        parts.append(torch.from_numpy(logits))
+    return torch.cat(parts)
 
 
 class NativeRunner:
@@ -105,13 +121,12 @@ class NativeRunner:
         compiled = library.best()
         assert compiled is not None, "ask `runs_native` first"
         model = self.model
-        whole = False
         if isinstance(model, Transformer):
             dtype = str(model.dtype).removeprefix("torch.")
-            whole = dtype == "float32" and self.quantise is None
             parameters = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
             packer = Packer(compiled, KINDS[self.quantise or dtype], self.threads)
             model = pack(model.config, parameters.__getitem__, packer, draft=self.draft_wanted)
+        whole = model.precision == "float32"
         return NativeNetwork(
             compiled, model, threads=self.threads, page=PAGE, max_tokens=PASS_TOKENS, float_cache=whole
         )

@@ -7,25 +7,39 @@ that the next start maps into memory without reading it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from glasklar.engine.cpu import library
 from glasklar.engine.cpu.library import Matrix
-from glasklar.errors import CheckpointError
+from glasklar.errors import CapacityError, CheckpointError
+from glasklar.model.checkpoint import Source, open_checkpoint
 from glasklar.model.config import ModelConfig
 
 Quantisation = Literal["int8", "int4"]
 FLOAT, BF16, INT8, INT4 = range(4)
 KINDS = {"float32": FLOAT, "bfloat16": BF16, "int8": INT8, "int4": INT4}
 GROUP, TILE = 32, 16
+RUN = 64  # tiles packed at once
 
-# Name of a parameter of `model.transformer.Transformer` -> its tensor.
-Source = Callable[[str], Tensor]
+
+class Entries(Protocol):
+    """A parameter with an entry for each expert: a tensor, or what reads one entry at a time."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, expert: int, /) -> Tensor: ...
+
+
+# Name of a parameter of `model.transformer.Transformer` -> its numbers; `_EFD` and `_EDF` give entries.
+Get = Callable[[str], Any]
 
 
 @dataclass
@@ -56,6 +70,7 @@ class PackedLayer:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     hidden: int = 0
     expert_hidden: int = 0
+    window: int = 0  # 0: every token is seen
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name."""
@@ -90,6 +105,11 @@ class Packer:
         self.library, self.kind, self.threads = library, kind, threads
 
     @property
+    def precision(self) -> str:
+        """The name of `kind`."""
+        return next(name for name, kind in KINDS.items() if kind == self.kind)
+
+    @property
     def fine(self) -> int:
         return INT8 if self.kind == INT4 else self.kind
 
@@ -98,24 +118,31 @@ class Packer:
     ) -> PackedMatrix:
         """Packs [outputs, inputs] or [copies, outputs, inputs]. With `parts` > 1 the outputs are that many equal parts,
         each padded to whole groups (gate and up)."""
+        return self.stack(weight if weight.ndim == 3 else weight[None], kind, bias, parts)
+
+    def stack(
+        self,
+        weights: Entries,
+        kind: int | None = None,
+        bias: Tensor | None = None,
+        parts: int = 1,
+        *,
+        alternate: bool = False,
+    ) -> PackedMatrix:
+        """As `matrix`, entry by entry. `alternate`: the rows of the parts take turns."""
         kind = self.kind if kind is None else kind
-        weight = weight if weight.ndim == 3 else weight[None]
-        copies, outputs, inputs = weight.shape
+        copies, outputs, inputs = weights.shape
         part = outputs // parts
         padded = part if parts == 1 else -(-part // GROUP) * GROUP
         tiles = -(-padded // TILE)
         size = self.library.glasklar_tile_bytes(kind, inputs)
         data = torch.empty(copies * parts * tiles * size, dtype=torch.uint8)
-        jobs = [
-            (weight[copy, n * part : (n + 1) * part], first, ((copy * parts + n) * tiles + first) * size)
-            for copy in range(copies)
-            for n in range(parts)
-            for first in range(0, tiles, 64)
-        ]
 
-        def pack(job: tuple[Tensor, int, int]) -> None:
-            source, first, place = job
-            last = min(first + 64, tiles)
+        def rows(source: Tensor, n: int) -> Tensor:
+            return source[n::parts] if alternate else source[n * part : (n + 1) * part]
+
+        def pack(source: Tensor, copy: int, n: int, first: int) -> None:
+            last, place = min(first + RUN, tiles), ((copy * parts + n) * tiles + first) * size
             source = source if source.stride(-1) == 1 else source.contiguous()
             narrow = source.dtype == torch.bfloat16
             source = source if narrow else source.float()
@@ -123,19 +150,36 @@ class Packer:
                 kind, narrow, source.data_ptr(), source.stride(0), part, inputs, first, last, data.data_ptr() + place
             )
 
-        if self.threads == 1 or len(jobs) == 1:
-            for job in jobs:
-                pack(job)
+        def pack_copy(copy: int) -> None:
+            source = weights[copy]
+            for n in range(parts):
+                for first in range(0, tiles, RUN):
+                    pack(rows(source, n), copy, n, first)
+
+        if copies > 1:
+            self._all(pack_copy, range(copies))
         else:
-            with ThreadPoolExecutor(self.threads) as pool:  # ctypes lets go of Python's lock
-                list(pool.map(pack, jobs))
+            source = weights[0]
+            jobs = [(n, first) for n in range(parts) for first in range(0, tiles, RUN)]
+            self._all(lambda job: pack(rows(source, job[0]), 0, *job), jobs)
         if bias is not None:
-            bias = bias.detach().float().contiguous()
+            wide = bias.detach().float().reshape(copies, outputs).T
+            by_part = torch.stack([rows(wide, n).T for n in range(parts)], 1)
+            bias = torch.nn.functional.pad(by_part, (0, padded - part)).contiguous()
         return PackedMatrix(kind, padded * parts, inputs, copies, data, bias)
 
-    def layer(self, config: ModelConfig, index: int, get: Source, prefix: str | None = None) -> PackedLayer:
+    def _all(self, job: Callable[[Any], None], arguments: Sequence[Any]) -> None:
+        """Shared among threads: ctypes and torch let go of Python's lock."""
+        if self.threads == 1 or len(arguments) == 1:
+            for argument in arguments:
+                job(argument)
+            return
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(job, arguments))
+
+    def layer(self, config: ModelConfig, index: int, get: Get, prefix: str | None = None) -> PackedLayer:
         """One block of the network; `prefix` of its names, if it is not one of the layers."""
-        packed = PackedLayer()
+        packed = PackedLayer(window=config.window(index) or 0)
         prefix = prefix or f"layers.{index}."
         self._attention(packed, config, lambda name: get(f"{prefix}self_attn.{name}"))
         packed.vectors["attention_norm"] = vector(get(prefix + "input_layernorm.weight"))
@@ -146,7 +190,7 @@ class Packer:
             self._feed_forward(packed, get(prefix + "mlp.gate_up_proj.weight"), get(prefix + "mlp.down_proj.weight"))
         return packed
 
-    def draft(self, config: ModelConfig, get: Source) -> PackedDraft:
+    def draft(self, config: ModelConfig, get: Get) -> PackedDraft:
         """The first module of multi-token prediction."""
         vectors = {"embedding_norm": "enorm", "state_norm": "hnorm", "final_norm": "norm"}
         return PackedDraft(
@@ -155,7 +199,7 @@ class Packer:
             {name: vector(get(f"mtp.0.{theirs}.weight")) for name, theirs in vectors.items()},
         )
 
-    def _attention(self, packed: PackedLayer, config: ModelConfig, get: Source) -> None:
+    def _attention(self, packed: PackedLayer, config: ModelConfig, get: Get) -> None:
         m, v = packed.matrices, packed.vectors
 
         def bias(name: str) -> Tensor | None:
@@ -168,7 +212,11 @@ class Packer:
                 torch.cat((get("k_proj.weight"), get("v_proj.weight"))),
                 bias=None if both is None else torch.cat((both, get("v_proj.bias"))),
             )
-            m["out"] = self.matrix(get("o_proj.weight"))
+            m["out"] = self.matrix(get("o_proj.weight"), bias=get("o_proj.bias") if config.output_bias else None)
+            if config.qk_norm:
+                v["q_norm"], v["k_norm"] = vector(get("q_norm.weight")), vector(get("k_norm.weight"))
+            if config.attention_sinks:
+                v["sinks"] = vector(get("sinks"))
             return
         if config.q_lora_rank is None:
             m["q"] = self.matrix(get("q_proj.weight"))
@@ -189,13 +237,20 @@ class Packer:
         packed.matrices["down"] = self.matrix(down)
         packed.hidden = -(-down.shape[-1] // GROUP) * GROUP
 
-    def _experts(self, packed: PackedLayer, config: ModelConfig, get: Source) -> None:
-        packed.matrices["router"] = self.matrix(get("gate.weight"), FLOAT)
+    def _experts(self, packed: PackedLayer, config: ModelConfig, get: Get) -> None:
+        clamped = config.swiglu_limit is not None
+
+        def bias(name: str) -> Tensor | None:
+            return get(name) if clamped else None
+
+        packed.matrices["router"] = self.matrix(get("gate.weight"), FLOAT, bias("gate.bias"))
         if config.scoring_func == "sigmoid":
             packed.vectors["router_bias"] = vector(get("gate.e_score_correction_bias"))
+        packed.matrices["experts_gate_up"] = self.stack(
+            get("gate_up_EFD"), bias=bias("gate_up_bias_EF"), parts=2, alternate=clamped
+        )
         down = get("down_EDF")
-        packed.matrices["experts_gate_up"] = self.matrix(get("gate_up_EFD"), parts=2)
-        packed.matrices["experts_down"] = self.matrix(down)
+        packed.matrices["experts_down"] = self.stack(down, bias=bias("down_bias_ED"))
         packed.expert_hidden = -(-down.shape[-1] // GROUP) * GROUP
         if config.n_shared_experts:
             self._feed_forward(
@@ -210,8 +265,11 @@ def vector(weight: Tensor) -> Tensor:
 
 @dataclass
 class PackedModel:
-    """All weights of a network, packed. `embedding` [W, D] stays as it is: only single rows of it are read. `draft`:
-    the module that guesses ahead, where the model has one and it is wanted."""
+    """All weights of a network, packed. `embedding` [W, D] stays as it is: only single rows of it are read.
+
+    draft       the module that guesses ahead, where the model has one and it is wanted
+    precision   of the projections: a name in KINDS
+    """
 
     config: ModelConfig
     embedding: Tensor
@@ -219,6 +277,7 @@ class PackedModel:
     head: PackedMatrix
     layers: list[PackedLayer]
     draft: PackedDraft | None = None
+    precision: str = "bfloat16"
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name."""
@@ -237,7 +296,7 @@ class PackedModel:
 
 def pack(
     config: ModelConfig,
-    get: Source,
+    get: Get,
     packer: Packer,
     progress: Callable[[int, int], None] | None = None,
     draft: bool = False,
@@ -256,4 +315,33 @@ def pack(
     return PackedModel(
         config, embedding.contiguous(), vector(get("norm.weight")), packer.matrix(head, packer.fine), layers,
         packer.draft(config, get) if draft and config.num_nextn_predict_layers else None,
+        packer.precision,
     )  # fmt: skip
+
+
+def load_packed(
+    folder: Path,
+    precision: str,
+    *,
+    threads: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PackedModel:
+    """Packs a Hugging Face folder while it is read, its draft module too: needs the memory of the packed model, of its
+    largest tensor and of two experts.
+
+    precision   a name in KINDS
+    progress    is told bytes read and bytes in all
+
+    Raises CheckpointError as `open_checkpoint`; CapacityError where the C++ pass is not compiled.
+    """
+    opened, compiled = open_checkpoint(folder), library.best()
+    if compiled is None:
+        raise CapacityError(
+            f"weights as {precision} need the compiled pass, which this installation lacks: install glasklar again "
+            "where a C++ compiler is present, or load the model as float32 or bfloat16"
+        )
+    source = Source(opened, progress)
+    packed = pack(opened.config, source, Packer(compiled, KINDS[precision], threads), draft=True)
+    opened.check_copies()
+    progress(opened.nbytes, opened.nbytes)
+    return packed

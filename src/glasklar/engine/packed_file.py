@@ -27,16 +27,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from glasklar.engine.packed import KINDS, PackedDraft, PackedLayer, PackedMatrix, PackedModel, Packer, Quantisation
+from glasklar.engine.packed import KINDS, Get, PackedDraft, PackedLayer, PackedMatrix, PackedModel, Packer, Quantisation
 from glasklar.engine.packed import vector as as_vector
 from glasklar.errors import CheckpointError
-from glasklar.model.checkpoint import open_tensors
+from glasklar.model.checkpoint import Source, open_checkpoint
 from glasklar.model.config import ModelConfig
 from glasklar.provenance.files import TEMPORARY, sync, writing
 from glasklar.provenance.hashing import canonical_json, sha256_hex
 
 # Of what is stored and how; raise it with every change of cpu/pack.hpp, of the tiles in cpu/matrix.hpp or of `Packer`.
-VERSION = 1
+VERSION = 2
 HEADER, ALIGNED, PIECE = 1 << 20, 64, 16 << 20
 _TYPES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
 # Of each weights file so many pieces of so many bytes enter its fingerprint.
@@ -62,7 +62,8 @@ def packed_model(
     Making them needs the memory of the largest layer. Raises CheckpointError where the folder holds no sound model, and
     CapacityError where the disk is full.
     """
-    config, get = open_tensors(folder, torch.bfloat16)
+    opened = open_checkpoint(folder)
+    config, get = opened.config, Source(opened)
     key = key_of(folder, quantise)
     path = cache / f"{key}.safetensors"
     if path.exists():
@@ -139,7 +140,7 @@ def write_file(
     path: Path,
     key: str,
     config: ModelConfig,
-    get: Callable[[str], Tensor],
+    get: Get,
     packer: Packer,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -157,7 +158,7 @@ def write_file(
                     writer.add(name, tensor)
                 if progress is not None:
                     progress(i + 1, config.num_hidden_layers)
-            layout: dict[str, Any] = {"layers": layers}
+            layout: dict[str, Any] = {"layers": layers, "precision": packer.precision}
             embedding = get("embed_tokens.weight")
             head = packer.matrix(embedding if config.tie_word_embeddings else get("lm_head.weight"), packer.fine)
             layout["head"] = _matrix_of(head)
@@ -189,6 +190,7 @@ def _layout_of(layer: PackedLayer) -> dict[str, Any]:
     return {
         "matrices": {name: _matrix_of(matrix) for name, matrix in layer.matrices.items()},
         "vectors": [*layer.vectors], "hidden": layer.hidden, "expert_hidden": layer.expert_hidden,
+        "window": layer.window,
     }  # fmt: skip
 
 
@@ -231,7 +233,7 @@ def _assembled(
         return PackedLayer(
             {name: matrix(prefix + name, of) for name, of in entry["matrices"].items()},
             {name: tensors[prefix + name] for name in entry["vectors"]},
-            entry["hidden"], entry["expert_hidden"],
+            entry["hidden"], entry["expert_hidden"], entry["window"],
         )  # fmt: skip
 
     draft = None
@@ -240,7 +242,7 @@ def _assembled(
         draft = PackedDraft(layer("draft.block.", entry["block"]), matrix("draft.join", entry["join"]), vectors)
     layers = [layer(f"layers.{i}.", entry) for i, entry in enumerate(layout["layers"])]
     head = matrix("head", layout["head"])
-    return PackedModel(config, tensors["embedding"], tensors["final_norm"], head, layers, draft)
+    return PackedModel(config, tensors["embedding"], tensors["final_norm"], head, layers, draft, layout["precision"])
 
 
 def _digests(tensor: Tensor, library: ctypes.CDLL, threads: int) -> list[str]:

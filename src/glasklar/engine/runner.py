@@ -106,6 +106,7 @@ class Runner:
         length = self.cache.length
         ids_BT, position_BT = (tensor.to(self.device) for tensor in decode_inputs(rows))
         caches = self.cache.layers(0, len(ids_BT), length, position_BT)
-        at = self.model.at(position_BT, cache_mask(position_BT, length, self.model.dtype))
+        slots_S = torch.arange(length, device=self.device)
+        at = self.model.at(position_BT, cache_mask(position_BT, length, self.model.dtype), slots_S)
         output = self.model(ids_BT, at, caches, absorbed=True)
         return Result(self.model.logits(output.hidden_BTD[: rows.n, 0]))

@@ -97,7 +97,7 @@ class GlasklarLM(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, requests: Sequence[Scored]) -> Iterator[tuple[float, bool]]:
-        network = self.model.network
+        network = self.model.transformer
         # The last token is only predicted; what does not fit into the context is cut off at the beginning.
         rows = [[*context, *rest][-(self.max_length + 1) :] for _, context, rest in requests]
         length = max(len(row) - 1 for row in rows)

@@ -25,11 +25,13 @@ class Positions:
 
     cos_BTR, sin_BTR   [B, T, R/2] fp32
     mask_BTS           [B, T, S] added to the scores, in the compute type
+    window_BTS         the same for layers with a sliding window; None where the network has none
     """
 
     cos_BTR: Tensor
     sin_BTR: Tensor
     mask_BTS: Tensor
+    window_BTS: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,20 @@ def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         length = scaling.original_max_position_embeddings
         return config.rope_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    low = max(int(turns_at(scaling.beta_fast) // 1), 0)
-    high = min(int(-(-turns_at(scaling.beta_slow) // 1)), config.rope_dim - 1)
+    low, high = turns_at(scaling.beta_fast), turns_at(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.rope_dim - 1)
     ramp = ((torch.arange(len(plain)).float() - low) / max(high - low, 0.001)).clamp(0, 1)
     inverse = plain / scaling.factor * ramp + plain * (1 - ramp)
+    return inverse, scaling.attention_factor or _yarn_temperature(scaling)
+
+
+def _yarn_temperature(scaling: RopeScaling) -> float:
     factor = yarn_mscale(scaling.factor, scaling.mscale)
     if scaling.mscale_all_dim:
         factor /= yarn_mscale(scaling.factor, scaling.mscale_all_dim)
-    return inverse, factor
+    return factor
 
 
 def _llama3_frequencies(plain: Tensor, scaling: RopeScaling) -> Tensor:
@@ -80,11 +88,25 @@ def _llama3_frequencies(plain: Tensor, scaling: RopeScaling) -> Tensor:
     return plain / scaling.factor * (1 - kept) + plain * kept
 
 
-def positions(position_BT: Tensor, mask_BTS: Tensor, frequencies: tuple[Tensor, float]) -> Positions:
-    """Angles and mask of a pass; `frequencies` come from `inverse_frequencies`."""
+def positions(
+    position_BT: Tensor,
+    mask_BTS: Tensor,
+    frequencies: tuple[Tensor, float],
+    window: int | None = None,
+    key_position_BS: Tensor | None = None,
+) -> Positions:
+    """Angles and masks of a pass; `frequencies` come from `inverse_frequencies`.
+
+    key_position_BS   where the keys stand, [B, S] or [S]; None: they are the tokens of this pass
+    """
     inverse, factor = frequencies
     angles = position_BT[..., None].float() * inverse.to(position_BT.device)
-    return Positions(angles.cos() * factor, angles.sin() * factor, mask_BTS)
+    window_BTS = None
+    if window is not None:
+        keys = position_BT if key_position_BS is None else key_position_BS
+        gone = position_BT[..., None] - keys.expand(len(position_BT), -1)[:, None] >= window
+        window_BTS = mask_BTS.masked_fill(gone, float("-inf"))
+    return Positions(angles.cos() * factor, angles.sin() * factor, mask_BTS, window_BTS)
 
 
 def document_mask(segments_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,9 +124,9 @@ def cache_mask(position_BT: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 
 
 class LatentAttention(nn.Module):
-    """MLA. Weight names are those of the checkpoints."""
+    """MLA, the same in every layer. Weight names are those of the checkpoints."""
 
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int) -> None:
         super().__init__()
         self.config, self.ops = config, ops
         assert config.kv_lora_rank is not None
@@ -181,17 +203,19 @@ class LatentAttention(nn.Module):
 class GroupedQueryAttention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) as in Llama: the dense baseline beside MLA.
 
-    `qk_norm` (Qwen3): queries and keys of each head are normalised before they are turned.
+    qk_norm           Qwen3: queries and keys of each head are normalised before they are turned
+    attention_sinks   gpt-oss: a score for each head that takes part in its softmax and brings no value
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int) -> None:
         super().__init__()
-        self.config, self.ops = config, ops
+        self.config, self.ops, self.window = config, ops, config.window(layer)
         D, H, G, K = config.hidden_size, config.num_attention_heads, config.kv_heads, config.qk_head_dim
         self.q_proj = Linear(D, H * K, ops, bias=config.attention_bias)
         self.k_proj = Linear(D, G * K, ops, bias=config.attention_bias)
         self.v_proj = Linear(D, G * K, ops, bias=config.attention_bias)
-        self.o_proj = Linear(H * K, D, ops)
+        self.o_proj = Linear(H * K, D, ops, bias=config.output_bias)
+        self.sinks = nn.Parameter(torch.empty(H)) if config.attention_sinks else None
         self.q_norm = nn.RMSNorm(K) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(K) if config.qk_norm else None
 
@@ -206,10 +230,13 @@ class GroupedQueryAttention(nn.Module):
         if absorbed:
             assert cache is not None
             k_BTGK, v_BTGK = rows_BSX.to(x_BTD.dtype).unflatten(-1, (-1, 2 * K)).split((K, K), dim=-1)
-        out_BHTV = self.ops.attention(
-            q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2),
-            at.mask_BTS, self.config.softmax_scale,
-        )  # fmt: skip
+        mask_BTS = at.mask_BTS if self.window is None else at.window_BTS
+        assert mask_BTS is not None
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+        if self.sinks is None:
+            out_BHTV = self.ops.attention(q, k, v, mask_BTS, self.config.softmax_scale)
+        else:
+            out_BHTV = self.ops.sink_attention(q, k, v, mask_BTS, self.config.softmax_scale, self.sinks)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(-2))
 
     def _norm(self, x_BTHK: Tensor, norm: nn.RMSNorm | None) -> Tensor:

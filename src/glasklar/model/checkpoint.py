@@ -13,6 +13,9 @@
     ….mlp.gate_up_EFD [E, 2F, D]               ….mlp.experts.e.gate_proj.weight, ….up_proj.weight [F, D] for each e
     ….mlp.down_EDF [E, D, F]                   ….mlp.experts.e.down_proj.weight [D, F] for each e
 
+    gpt-oss keeps experts together, inputs first: ….mlp.gate_up_EFD is ….mlp.experts.gate_up_proj [E, D, 2F] and so on,
+    gate_up_bias_EF is ….mlp.experts.gate_up_proj_bias, and ….mlp.gate is ….mlp.router.
+
 All other names are the same in both. Gate weights and correction biases are stored and kept in fp32.
 """
 
@@ -23,23 +26,35 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from glasklar.errors import CheckpointError
 from glasklar.model.config import ModelConfig
 from glasklar.model.hf_config import config_to_hf, read_config, read_json
-from glasklar.model.init import build
-from glasklar.model.tensor_file import Stored, read_header
+from glasklar.model.init import build, kept_wide
+from glasklar.model.quantised import Weight, read_storage, weights
+from glasklar.model.tensor_file import Stored, read_header, read_rows
 from glasklar.model.transformer import Transformer
-from glasklar.ops.select import REFERENCE, Ops
+from glasklar.ops.select import Ops
 from glasklar.provenance.files import TEMPORARY, replace_folder, sync, write_atomic, write_tensors, writing
 
-__all__ = ["config_to_hf", "hf_tensors", "load_model", "open_tensors", "read_config", "save_model"]
+__all__ = [
+    "Checkpoint",
+    "Source",
+    "config_to_hf",
+    "hf_tensors",
+    "load_model",
+    "open_checkpoint",
+    "read_config",
+    "save_model",
+]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -56,11 +71,46 @@ _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 def hf_tensors(model: Transformer) -> dict[str, Tensor]:
     """All tensors of a model under their Hugging Face names: views, so that writing to them fills the model."""
     ours = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        name: part
-        for own, tensor in ours
-        for name, part in _parts(_place(own, model.config.num_hidden_layers), tensor.detach())
-    }
+    return {part.name: part.view for own, tensor in ours for part in hf_parts(own, tensor.detach(), model.config)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor as Hugging Face has it: a view of ours; `index`: it is this entry of the named tensor's first axis."""
+
+    name: str
+    view: Tensor
+    index: int | None = None
+
+
+def hf_parts(name: str, tensor: Tensor, config: ModelConfig, expert: int | None = None) -> Iterator[Part]:
+    """What a parameter of ours is in the files; with `expert`, what its entry for that expert is (`tensor`: that)."""
+    stem, _, leaf = _place(name, config.num_hidden_layers).rpartition(".")
+    if config.swiglu_limit is not None and ".mlp." in name:
+        before, _, own = name.partition(".mlp.")
+        view = tensor.mT if leaf in ("gate_up_EFD", "down_EDF") else tensor
+        yield Part(f"{_place(before, config.num_hidden_layers)}.mlp.{_CLAMPED[own]}", view, expert)
+    elif stem.endswith("gate_up_proj"):
+        yield from _halves(stem.removesuffix("gate_up_proj"), tensor)
+    elif leaf == "gate_up_EFD":
+        for e, gate_up_FD in enumerate(tensor) if expert is None else [(expert, tensor)]:
+            yield from _halves(f"{stem}.experts.{e}.", gate_up_FD)
+    elif leaf == "down_EDF":
+        for e, down_DF in enumerate(tensor) if expert is None else [(expert, tensor)]:
+            yield Part(f"{stem}.experts.{e}.down_proj.weight", down_DF)
+    else:
+        yield Part(f"{stem}.{leaf}", tensor)
+
+
+# gpt-oss: ours and theirs, below `mlp.`
+_CLAMPED = {
+    "gate.weight": "router.weight",
+    "gate.bias": "router.bias",
+    "gate_up_EFD": "experts.gate_up_proj",
+    "gate_up_bias_EF": "experts.gate_up_proj_bias",
+    "down_EDF": "experts.down_proj",
+    "down_bias_ED": "experts.down_proj_bias",
+}
 
 
 def _place(name: str, num_layers: int) -> str:
@@ -74,22 +124,10 @@ def _place(name: str, num_layers: int) -> str:
     return f"{layer}.shared_head.{rest}" if rest == "norm.weight" else f"{layer}.{rest.removeprefix('block.')}"
 
 
-def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that we keep as one and Hugging Face keeps as many."""
-    stem, _, leaf = name.rpartition(".")
-    if stem.endswith("gate_up_proj"):
-        yield from zip(_gate_up(stem.removesuffix("gate_up_proj")), tensor.chunk(2), strict=True)
-    elif leaf == "gate_up_EFD":
-        for expert, gate_up_FD in enumerate(tensor):
-            yield from zip(_gate_up(f"{stem}.experts.{expert}."), gate_up_FD.chunk(2), strict=True)
-    elif leaf == "down_EDF":
-        yield from ((f"{stem}.experts.{expert}.down_proj.weight", down_DF) for expert, down_DF in enumerate(tensor))
-    else:
-        yield name, tensor
-
-
-def _gate_up(stem: str) -> tuple[str, str]:
-    return f"{stem}gate_proj.weight", f"{stem}up_proj.weight"
+def _halves(stem: str, gate_up: Tensor) -> Iterator[Part]:
+    gate, up = gate_up.chunk(2)
+    yield Part(f"{stem}gate_proj.weight", gate)
+    yield Part(f"{stem}up_proj.weight", up)
 
 
 def _copies(config: ModelConfig) -> dict[str, str]:
@@ -121,15 +159,22 @@ def save_model(model: Transformer, folder: Path, *, extra: Mapping[str, bytes] |
     config = config_to_hf(model.config) | {"torch_dtype": str(model.dtype).removeprefix("torch.")} | special
     files |= {"config.json": _json(config), "generation_config.json": _json(special)}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in hf_tensors(model).items()}
+    with new_folder(folder) as temporary:
+        # transformers refuses files that do not say who wrote them.
+        write_tensors(temporary / WEIGHTS, tensors, {"format": "pt"})
+        for name, content in sorted(files.items()):
+            write_atomic(temporary / name, content)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` at the end, or vanishes after an error."""
     temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
     with writing(folder):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     try:
-        # transformers refuses files that do not say who wrote them.
-        write_tensors(temporary / WEIGHTS, tensors, {"format": "pt"})
-        for name, content in sorted(files.items()):
-            write_atomic(temporary / name, content)
+        yield temporary
         with writing(folder):
             sync(temporary)
             replace_folder(temporary, folder)
@@ -156,37 +201,125 @@ def _json(table: Mapping[str, Any]) -> bytes:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, ops: Ops, device: str) -> Transformer:
-    """Loads a Hugging Face folder tensor by tensor; needs the memory of the model and of its largest tensor.
+Progress = Callable[[int, int], None]
 
-    dtype   of the weights in memory; gates stay in fp32
 
-    Raises CheckpointError naming file, tensor and remedy before anything large is allocated.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face folder whose files hold exactly what its configuration asks for; no numbers are read yet.
+
+    weights   by their names there
+    copies    tensors that some files hold a second time, and the names of their originals
     """
+
+    folder: Path
+    config: ModelConfig
+    weights: dict[str, Weight]
+    copies: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors in the files."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    def fill(self, part: Part) -> int:
+        """Reads the numbers of a part into its view; returns bytes read."""
+        weight = self.weights[part.name]
+        for place, numbers in weight.read(part.index):
+            part.view[place].copy_(numbers)
+        return weight.nbytes if part.index is None else weight.nbytes // weight.shape[0]
+
+    def check_copies(self) -> int:
+        """Raises CheckpointError where a second copy is none; returns bytes read."""
+        present = [name for name in sorted(self.copies) if name in self.weights]
+        for name in present:
+            copy, original = self.weights[name], self.weights[self.copies[name]]
+            same = copy.scale is None and original.scale is None and copy.shape == original.shape
+            for place, numbers in copy.read() if same else ():
+                rows = read_rows(original.data, place[0].start, place[0].stop)
+                same = same and torch.equal(numbers.float(), rows.float())
+            if not same:
+                raise CheckpointError(
+                    f"{copy.data.path}: {name} differs from {self.copies[name]}, of which it must be a copy; this "
+                    "network has one embedding and one head: do not use this model"
+                )
+        return sum(self.weights[name].nbytes for name in present)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a folder. Raises CheckpointError naming file, tensor and remedy, before anything large is allocated."""
     config = read_config(folder)
-    stored = _stored(folder)
-    _check_against(stored, config, ops, folder)
-    model = build(config, ops, device=device, dtype=dtype)
-    _fill(hf_tensors(model), stored, _copies(config))
+    found = weights(_stored(folder), read_storage(folder))
+    found = {name: weight for name, weight in found.items() if not _DERIVED.fullmatch(name)}
+    _check_against(found, config, folder)
+    return Checkpoint(folder, config, found, _copies(config))
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    ops: Ops,
+    device: str,
+    progress: Progress = lambda done, total: None,
+) -> Transformer:
+    """Loads a Hugging Face folder piece by piece: needs the memory of the model and some megabytes.
+
+    dtype      of the weights in memory; gates stay in fp32
+    progress   is told bytes read and bytes in all
+
+    Raises CheckpointError as `open_checkpoint`, and for damaged numbers.
+    """
+    opened = open_checkpoint(folder)
+    model = build(opened.config, ops, device=device, dtype=dtype)
+    ours = [*model.named_parameters(), *model.named_buffers()]
+    parts = [part for name, tensor in ours for part in hf_parts(name, tensor.detach(), opened.config)]
+    done = 0
+    with torch.no_grad():
+        for part in sorted(parts, key=lambda part: opened.weights[part.name].place):
+            done += opened.fill(part)
+            progress(done, opened.nbytes)
+    progress(done + opened.check_copies(), opened.nbytes)
     return model
 
 
-def open_tensors(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, Callable[[str], Tensor]]:
-    """The configuration of a Hugging Face folder, and a function that reads one tensor by our name, in `dtype` but for
-    what stays in fp32: for whoever wants a model in other form and never whole. Errors as in `load_model`."""
-    config = read_config(folder)
-    stored = _stored(folder)
-    _check_against(stored, config, REFERENCE, folder)
-    model = build(config, REFERENCE, device="meta", dtype=dtype)
-    ours = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+class Stack:
+    """A parameter with an entry for each expert; `stack[e]` reads that one alone."""
 
-    def get(name: str) -> Tensor:
-        tensor = torch.empty_like(ours[name], device="cpu")
-        parts = dict(_parts(_place(name, config.num_hidden_layers), tensor))
-        _fill(parts, {part: stored[part] for part in parts}, {})
+    def __init__(self, source: Source, name: str, shape: tuple[int, ...]) -> None:
+        self.source, self.name, self.shape = source, name, shape
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return self.source.read(self.name, self.shape[1:], expert)
+
+
+class Source:
+    """A network's parameters under our names, each put together from the files when it is asked for. May be called from
+    several threads.
+    In bf16 where all of its parts are stored so, else in fp32, as gates always.
+    """
+
+    def __init__(self, opened: Checkpoint, progress: Progress = lambda done, total: None) -> None:
+        self.opened, self.progress = opened, progress
+        with torch.device("meta"):
+            model = Transformer(opened.config)
+        self._ours = {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self._done, self._lock = 0, Lock()
+
+    def __call__(self, name: str) -> Tensor | Stack:
+        shape = tuple(self._ours[name].shape)
+        return Stack(self, name, shape) if name.endswith(("_EFD", "_EDF")) else self.read(name, shape)
+
+    def read(self, name: str, shape: tuple[int, ...], expert: int | None = None) -> Tensor:
+        config = self.opened.config
+        parts = hf_parts(name, torch.empty(shape, device="meta"), config, expert)
+        narrow = {self.opened.weights[part.name].dtype for part in parts} == {torch.bfloat16} and not kept_wide(name)
+        tensor = torch.empty(shape, dtype=torch.bfloat16 if narrow else torch.float32)
+        read = sum(self.opened.fill(part) for part in hf_parts(name, tensor, config, expert))
+        with self._lock:
+            self._done += read
+            self.progress(self._done, self.opened.nbytes)
         return tensor
-
-    return config, get
 
 
 def _stored(folder: Path) -> dict[str, Stored]:
@@ -231,10 +364,11 @@ def _joined(folder: Path, placed: dict[str, str]) -> dict[str, Stored]:
     return found
 
 
-def _check_against(stored: dict[str, Stored], config: ModelConfig, ops: Ops, folder: Path) -> None:
+def _check_against(stored: dict[str, Weight], config: ModelConfig, folder: Path) -> None:
     """The files must hold exactly the tensors that the configuration asks for, in their shapes."""
     layers, experts = config.num_hidden_layers, config.n_routed_experts or 1
-    moe_layers = max(layers - config.first_k_dense_replace, 0) if config.is_moe else 0
+    separate = config.is_moe and config.swiglu_limit is None
+    moe_layers = max(layers - config.first_k_dense_replace, 0) if separate else 0
     least = layers + 3 * experts * moe_layers
     if least > 2 * len(stored):
         # Refused by counting: a hostile configuration must not make us write down all the names.
@@ -243,20 +377,19 @@ def _check_against(stored: dict[str, Stored], config: ModelConfig, ops: Ops, fol
             f"the files hold {len(stored):,}; fetch configuration and weights of the same model"
         )
     with torch.device("meta"):
-        wanted = hf_tensors(Transformer(config, ops))
+        wanted = hf_tensors(Transformer(config))
     missing = sorted(wanted.keys() - stored.keys())
     if missing:
         raise CheckpointError(_describe("lacks", missing, folder, config))
     originals = {name: name for name in wanted} | _copies(config)
-    weights = {name: tensor for name, tensor in stored.items() if not _DERIVED.fullmatch(name)}
-    surplus = sorted(weights.keys() - originals.keys())
+    surplus = sorted(stored.keys() - originals.keys())
     if surplus:
         raise CheckpointError(_describe("holds", surplus, folder, config))
-    for name, tensor in weights.items():
+    for name, tensor in stored.items():
         shape = tuple(wanted[originals[name]].shape)
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{tensor.path}: {name} has the shape {list(tensor.shape)}, config.json asks for "
+                f"{tensor.data.path}: {name} has the shape {list(tensor.shape)}, config.json asks for "
                 f"{list(shape)}; fetch configuration and weights of the same model"
             )
 
@@ -273,22 +406,3 @@ def _describe(verb: str, names: list[str], folder: Path, config: ModelConfig) ->
     count = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
     kind = "" if verb == "lacks" else ", which config.json does not ask for"
     return f"{folder}: {verb} {names[0][:120]}{count}{kind}; {remedy}"
-
-
-@torch.no_grad()
-def _fill(targets: dict[str, Tensor], stored: dict[str, Stored], copies: dict[str, str]) -> None:
-    for path in sorted({tensor.path for tensor in stored.values()}):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in sorted(name for name, tensor in stored.items() if tensor.path == path and name in targets):
-                    targets[name].copy_(file.get_tensor(name))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: damaged ({error}); fetch the file again") from None
-    for name in sorted(copies.keys() & stored.keys()):
-        with safe_open(stored[name].path, framework="pt") as file:
-            original = targets[copies[name]]
-            if not torch.equal(file.get_tensor(name).to(original), original):
-                raise CheckpointError(
-                    f"{stored[name].path}: {name} differs from {copies[name]}, of which it must be a copy; "
-                    "this network has one embedding and one head"
-                )

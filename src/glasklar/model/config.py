@@ -22,6 +22,7 @@ from glasklar.config import Section
 # Refused before anything is allocated: a hostile or mistyped configuration must not ask for the whole memory.
 Dim = Annotated[int, Field(ge=1, le=1 << 20)]
 Count = Annotated[int, Field(ge=1, le=1 << 16)]
+LayerType = Literal["full_attention", "sliding_attention"]
 
 
 class RopeScaling(Section):
@@ -30,6 +31,9 @@ class RopeScaling(Section):
     yarn     arXiv 2309.00071 as DeepSeek-V2/V3 use it: blended frequencies and a temperature on the softmax
     llama3   as Llama 3.1: slow frequencies divided by `factor`, fast ones kept, `low_freq_factor` and
              `high_freq_factor` (turns within the original context) say where one becomes the other
+
+    truncate           yarn: whether the ramp between kept and slowed frequencies begins and ends at whole ones
+    attention_factor   yarn: the factor on cos and sin, where it does not follow from the mscales
     """
 
     type: Literal["yarn", "llama3"] = "yarn"
@@ -39,6 +43,8 @@ class RopeScaling(Section):
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    truncate: bool = True
+    attention_factor: float | None = Field(default=None, gt=0)
     low_freq_factor: float | None = Field(default=None, gt=0)
     high_freq_factor: float | None = Field(default=None, gt=0)
 
@@ -50,8 +56,8 @@ class RopeScaling(Section):
                 raise ValueError("low_freq_factor and high_freq_factor have no meaning in yarn; remove them")
         elif low is None or high is None or low >= high:
             raise ValueError(f"llama3 needs low_freq_factor ({low}) below high_freq_factor ({high})")
-        elif self.mscale != 1.0 or self.mscale_all_dim:
-            raise ValueError("mscale and mscale_all_dim have no meaning in llama3; remove them")
+        elif self.mscale != 1.0 or self.mscale_all_dim or not self.truncate or self.attention_factor is not None:
+            raise ValueError("mscale, mscale_all_dim, truncate, attention_factor mean nothing in llama3; remove them")
         return self
 
 
@@ -59,6 +65,7 @@ class ModelConfig(Section):
     """Shape of a decoder. `kv_lora_rank` set: multi-head latent attention; absent: grouped-query attention.
 
     `n_routed_experts` set: mixture of experts in every layer from `first_k_dense_replace` on; absent: dense.
+    `swiglu_limit` set: the experts of gpt-oss, with biases and a clamped gate (`ops/reference.py`, `clamped_swiglu`).
     """
 
     vocab_size: Dim
@@ -75,8 +82,14 @@ class ModelConfig(Section):
     # Grouped-query attention
     num_key_value_heads: Count | None = None
     head_dim: Dim | None = None
-    attention_bias: bool = False
     qk_norm: bool = False
+    attention_sinks: bool = False  # a learned score in each head's softmax that brings no value (arXiv 2309.17453)
+    # A token sees the last `sliding_window` tokens, itself included, in the layers that `layer_types` names so.
+    sliding_window: Dim | None = None
+    layer_types: tuple[LayerType, ...] | None = None
+    # Biases: of the projections into attention (latent attention: and out of it), and out of grouped-query attention
+    attention_bias: bool = False
+    output_bias: bool = False
     # Feed-forward (eq. 12-16)
     intermediate_size: Dim
     n_routed_experts: Count | None = None
@@ -89,6 +102,8 @@ class ModelConfig(Section):
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    swiglu_limit: float | None = Field(default=None, gt=0)
+    swiglu_alpha: float = Field(default=1.702, gt=0)
     # Multi-token prediction (eq. 21-25)
     num_nextn_predict_layers: Annotated[int, Field(ge=0, le=8)] = 0
     # Rotary positions, norms, head
@@ -117,17 +132,32 @@ class ModelConfig(Section):
             raise ValueError(f"the rotary part of a head has {self.rope_dim} values; it must be even")
         if not self.is_mla and self.num_attention_heads % self.kv_heads:
             raise ValueError(f"{self.num_attention_heads} heads cannot share {self.kv_heads} key/value heads evenly")
+        self._check_windows()
         self._check_experts()
         return self
+
+    def _check_windows(self) -> None:
+        kinds, layers = self.layer_types, self.num_hidden_layers
+        if (kinds is None) != (self.sliding_window is None):
+            raise ValueError("sliding_window and layer_types go together; give both or neither")
+        if kinds is not None and len(kinds) != layers:
+            raise ValueError(f"layer_types names {len(kinds)} layers and num_hidden_layers is {layers}")
+        if self.is_mla and (kinds is not None or self.attention_sinks or self.output_bias):
+            raise ValueError("latent attention knows no sliding_window, attention_sinks and output_bias; remove them")
+        if kinds is not None and self.num_nextn_predict_layers:
+            raise ValueError("multi-token prediction goes with full attention; remove sliding_window")
 
     def _check_experts(self) -> None:
         experts, chosen = self.n_routed_experts, self.num_experts_per_tok
         if experts is None:
-            if chosen is not None or self.moe_intermediate_size is not None or self.n_shared_experts:
+            others = (chosen, self.moe_intermediate_size, self.swiglu_limit)
+            if any(value is not None for value in others) or self.n_shared_experts:
                 raise ValueError("the model is dense (n_routed_experts is absent); remove the other expert fields")
             return
         if chosen is None or self.moe_intermediate_size is None:
             raise ValueError("a mixture of experts needs num_experts_per_tok and moe_intermediate_size")
+        if self.swiglu_limit is not None and (self.n_shared_experts or self.first_k_dense_replace):
+            raise ValueError("swiglu_limit goes with experts in every layer and no shared ones")
         if chosen > experts:
             raise ValueError(f"num_experts_per_tok = {chosen} exceeds n_routed_experts = {experts}")
         if experts % self.n_group or self.topk_group > self.n_group:
@@ -147,6 +177,13 @@ class ModelConfig(Section):
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.is_moe and layer >= self.first_k_dense_replace
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a layer's attention sees; None: all."""
+        kinds = self.layer_types
+        # Modules for multi-token prediction stand behind the layers.
+        sliding = kinds is not None and layer < len(kinds) and kinds[layer] == "sliding_attention"
+        return self.sliding_window if sliding else None
 
     @property
     def kv_heads(self) -> int:

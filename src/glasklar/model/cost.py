@@ -5,6 +5,7 @@ One table of matrices (`Part`) gives both the parameters and the FLOPs, so that 
 - Totals leave the modules for multi-token prediction (MTP) out, as the papers do; they are counted apart.
 - *Active* parameters are those that one token is multiplied with: the chosen experts, the head, not the embedding table
   (a lookup). A head tied to the table counts once. So counted DeepSeek-V3 has 36.6e9, V2 20.9e9, V2-Lite 2.45e9.
+- A sliding window is counted as if its layers saw everything: an upper bound for attention and cache beyond it.
 - FLOPs are 2 m n k for each product and nothing else: no norms, softmax, rotation or biases. The backward pass costs
   twice the forward pass.
 """
@@ -70,8 +71,9 @@ def attention_part(config: ModelConfig) -> Part:
     C, Q, bias = config.kv_lora_rank, config.q_lora_rank, config.attention_bias
     if C is None:
         G = config.kv_heads
-        matrices = (Matrix(H * K, D, bias), Matrix(G * K, D, bias), Matrix(G * V, D, bias), Matrix(D, H * V))
-        return Part(matrices, norms=2 * K if config.qk_norm else 0)
+        out = Matrix(D, H * V, config.output_bias)
+        matrices = (Matrix(H * K, D, bias), Matrix(G * K, D, bias), Matrix(G * V, D, bias), out)
+        return Part(matrices, norms=(2 * K if config.qk_norm else 0) + (H if config.attention_sinks else 0))
     query = (Matrix(H * K, D),) if Q is None else (Matrix(Q, D, bias), Matrix(H * K, Q))
     R = config.rope_dim
     keys_values = (Matrix(C + R, D, bias), Matrix(H * (K - R + V), C))
@@ -84,10 +86,11 @@ def feed_forward_part(config: ModelConfig, layer: int) -> Part:
     if not config.is_moe_layer(layer):
         return Part((Matrix(2 * config.intermediate_size, D), Matrix(D, config.intermediate_size)))
     E, A, F = _experts(config)
-    routed = (Matrix(2 * F, D, copies=E, active=A), Matrix(D, F, copies=E, active=A))
+    biases = config.swiglu_limit is not None
+    routed = (Matrix(2 * F, D, biases, copies=E, active=A), Matrix(D, F, biases, copies=E, active=A))
     S = F * config.n_shared_experts
     shared = (Matrix(2 * S, D), Matrix(D, S)) if S else ()
-    return Part((Matrix(E, D), *routed, *shared))
+    return Part((Matrix(E, D, biases), *routed, *shared))
 
 
 def _experts(config: ModelConfig) -> tuple[int, int, int]:

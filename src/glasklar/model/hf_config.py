@@ -14,6 +14,10 @@ from typing import Any
 from glasklar.errors import CheckpointError, RecipeError
 from glasklar.model.config import ModelConfig, RopeScaling
 
+MAX_LAYERS = 1 << 16
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_WITH_EXPERTS = ("qwen3_moe", "gpt_oss")
+
 MAX_JSON_BYTES = 64 << 20  # the index of DeepSeek-V3 has 9 MB
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -62,35 +66,39 @@ FAMILIES = {
     ),
     "llama": Family(
         architecture="LlamaForCausalLM",
-        fields=_GROUPED,
+        fields=(*_GROUPED, "attention_bias"),
         implied={"rope_interleave": False},
-        only={"attention_bias": (False,), "mlp_bias": (False,)},
+        only={"mlp_bias": (False,)},
     ),
     # Llama with biases on queries, keys and values.
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         fields=_GROUPED,
         implied={"rope_interleave": False, "attention_bias": True},
-        only={"use_sliding_window": (False,), "layer_types": ()},
+        only={},
     ),
     # Llama with norms on queries and keys.
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        fields=_GROUPED,
+        fields=(*_GROUPED, "attention_bias"),
         implied={"rope_interleave": False, "qk_norm": True},
-        only={"attention_bias": (False,), "use_sliding_window": (False,), "layer_types": ()},
+        only={},
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
-        fields=(*_GROUPED, "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+        fields=(*_GROUPED, "attention_bias", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
         implied={"rope_interleave": False, "qk_norm": True, "scoring_func": "softmax"},
-        only={
-            "attention_bias": (False,),
-            "use_sliding_window": (False,),
-            "layer_types": (),
-            "decoder_sparse_step": (1,),
-            "mlp_only_layers": ([],),
+        only={"decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+    ),
+    # All layers have experts, with biases; the gate's softmax is over the chosen ones, which is normalising.
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        fields=(*_GROUPED, "attention_bias", "num_experts_per_tok", "swiglu_limit", "swiglu_alpha"),
+        implied={
+            **{"rope_interleave": False, "attention_bias": True, "attention_sinks": True, "scoring_func": "softmax"},
+            **{"norm_topk_prob": True, "swiglu_limit": 7.0},
         },
+        only={},
     ),
 }
 
@@ -99,7 +107,6 @@ _ONLY = {
     "partial_rotary_factor": (1, 1.0),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
-    "quantization_config": (),
 }
 # No influence on the logits of a finished model, or derived from other keys.
 _IGNORED = frozenset(
@@ -116,13 +123,19 @@ _IGNORED = frozenset(
         ),
         *("router_aux_loss_coef", "ep_size", "pretraining_tp", "output_router_logits", "output_attentions"),
         *("output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
-        *("qk_head_dim", "head_dim", "num_key_value_heads", "sliding_window", "max_window_layers"),
+        *("qk_head_dim", "head_dim", "num_key_value_heads", "experts_per_token", "initial_context_length"),
     }
 )
+# Understood elsewhere: `_windows`, and how the weights are stored (`quantised.py`).
+_WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+_STORAGE = "quantization_config"
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 _SCALINGS = {
     "default": (),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        *("truncate", "attention_factor"),
+    ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
 
@@ -167,19 +180,25 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(f"{path}: model_type = {kind!r} is unknown; known are {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
-    experts = None
-    if kind == "qwen3_moe":
-        experts = table.pop("num_experts", table.pop("num_local_experts", None))
+    experts = table.pop("num_experts", table.pop("num_local_experts", None)) if kind in _WITH_EXPERTS else None
     if "num_mtp_layers" in table:  # how transformers writes it
         table.setdefault("num_nextn_predict_layers", table.pop("num_mtp_layers"))
     _check_keys(table, family, path)
     given = {name: table[name] for name in family.fields if table.get(name) is not None}
     fields = {**family.implied, **given, **_rope(table, path)}
-    fields = _experts(fields, table, path) if kind.startswith("deepseek") else _grouped(fields)
-    if kind == "qwen3_moe":
+    if kind.startswith("deepseek"):
+        fields = _experts(fields, table, path)
+    else:
+        fields = _grouped(fields) | _windows(kind, table, path)
+        fields["output_bias"] = kind != "qwen2" and bool(fields.get("attention_bias"))
+    if kind in _WITH_EXPERTS:
         if experts is None or "norm_topk_prob" not in fields:
-            raise CheckpointError(f"{path}: num_experts or norm_topk_prob is missing; add it")
+            raise CheckpointError(f"{path}: the number of experts or norm_topk_prob is missing; add it")
         fields["n_routed_experts"] = experts
+    if kind == "gpt_oss":
+        if table.get("rope_parameters") is None and table.get("rope_scaling") is None:
+            raise CheckpointError(f"{path}: rope_scaling is missing, and nothing said means YaRN here; add it")
+        fields["moe_intermediate_size"] = fields.get("intermediate_size")
     if fields.get("max_position_embeddings") is None or fields.get("rms_norm_eps") is None:
         raise CheckpointError(f"{path}: max_position_embeddings or rms_norm_eps is missing; add it")
     try:
@@ -192,18 +211,38 @@ def _check_keys(table: dict[str, Any], family: Family, path: Path) -> None:
     only = {**_ONLY, **family.only}
     for key, value in table.items():
         if key in only:
-            if value is not None and value not in only[key] and not _harmless(key, value):
+            if value is not None and value not in only[key]:
                 wanted = " or ".join(map(repr, only[key])) or "nothing"
                 raise CheckpointError(f"{path}: {key} = {str(value)[:80]!r} is not supported, only {wanted}")
-        elif key not in family.fields and key not in _IGNORED and key not in _ROPE:
+        elif key not in {*family.fields, *_IGNORED, *_ROPE, *_WINDOWS, _STORAGE}:
             raise CheckpointError(
                 f"{path}: {key[:80]!r} is unknown and may change what the model computes; remove it if it does not"
             )
 
 
-def _harmless(key: str, value: Any) -> bool:
-    """Qwen lists a kind of attention for each layer."""
-    return key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value)
+def _windows(kind: str, table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Which layers see how much. Qwen's files name a window that counts only where `use_sliding_window` says so, from
+    layer `max_window_layers` on (with experts: everywhere); Llama has none."""
+    layers, window, kinds = table.get("num_hidden_layers"), table.get("sliding_window"), table.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(one, str) for one in kinds)):
+        raise CheckpointError(f"{path}: layer_types = {str(kinds)[:80]!r} is no list of names; mend it")
+    if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
+        return {}  # refused for itself
+    used = window is not None and (kind == "gpt_oss" or (kind != "llama" and bool(table.get("use_sliding_window"))))
+    if not used:
+        if kinds is not None and set(kinds) - {_FULL}:
+            raise CheckpointError(f"{path}: layer_types names {max(kinds)[:80]!r} and no window is in use; mend one")
+        return {}
+    if kind == "qwen3_moe":
+        kinds = [_SLIDING] * layers
+    elif kinds is None and kind == "gpt_oss":
+        kinds = [_FULL if layer % 2 else _SLIDING for layer in range(layers)]
+    elif kinds is None:
+        first = table.get("max_window_layers")
+        if not isinstance(first, int):
+            raise CheckpointError(f"{path}: layer_types or max_window_layers is missing beside sliding_window; add it")
+        kinds = [_SLIDING if layer >= first else _FULL for layer in range(layers)]
+    return {} if set(kinds) == {_FULL} else {"sliding_window": window, "layer_types": kinds}
 
 
 def _experts(fields: dict[str, Any], table: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -271,20 +310,43 @@ def family_of(config: ModelConfig) -> str:
     scaling = config.rope_scaling
     if scaling is not None and (scaling.mscale != 1.0 or scaling.mscale_all_dim):
         raise _inexpressible("grouped-query attention with YaRN goes with mscale = 1 and mscale_all_dim = 0")
-    if config.is_moe:
-        plain = config.scoring_func == "softmax" and config.n_group == 1 and config.routed_scaling_factor == 1.0
-        everywhere = not config.n_shared_experts and not config.first_k_dense_replace
-        if not (config.qk_norm and plain and everywhere) or config.attention_bias:
+    kind = _grouped_kind(config)
+    if config.output_bias != (config.attention_bias and kind != "qwen2"):
+        raise _inexpressible("output_bias goes with attention_bias, except in qwen2")
+    if config.sliding_window is not None and kind == "llama":
+        raise _inexpressible("sliding_window goes with qk_norm, or with attention_bias without output_bias")
+    return kind
+
+
+def _grouped_kind(config: ModelConfig) -> str:
+    if config.attention_sinks or config.swiglu_limit is not None:
+        whole = config.attention_sinks and config.swiglu_limit is not None and not config.qk_norm
+        if not (whole and _plain_gate(config) and config.norm_topk_prob):
             raise _inexpressible(
-                "experts with grouped-query attention go with qk_norm, without biases, in every layer, chosen by a "
-                "softmax gate without groups, scaling and shared experts"
+                "attention_sinks and swiglu_limit go together, without qk_norm, with experts in every layer, chosen by "
+                "a normalised softmax gate without groups, scaling and shared experts"
             )
+        if config.intermediate_size != config.moe_intermediate_size:
+            raise _inexpressible("with attention_sinks intermediate_size is moe_intermediate_size")
+        return "gpt_oss"
+    if config.is_moe:
+        if not (config.qk_norm and _plain_gate(config)):
+            raise _inexpressible(
+                "experts with grouped-query attention go with qk_norm, in every layer, chosen by a softmax gate "
+                "without groups, scaling and shared experts"
+            )
+        kinds = config.layer_types
+        if kinds is not None and _FULL in kinds:
+            raise _inexpressible("experts with qk_norm have a sliding window in every layer or in none")
         return "qwen3_moe"
-    if config.qk_norm and config.attention_bias:
-        raise _inexpressible("qk_norm goes with attention_bias = false")
     if config.qk_norm:
         return "qwen3"
-    return "qwen2" if config.attention_bias else "llama"
+    return "qwen2" if config.attention_bias and not config.output_bias else "llama"
+
+
+def _plain_gate(config: ModelConfig) -> bool:
+    plain = config.scoring_func == "softmax" and config.n_group == 1 and config.routed_scaling_factor == 1.0
+    return plain and config.is_moe and not config.n_shared_experts and not config.first_k_dense_replace
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -311,21 +373,37 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             method = "greedy" if config.n_group == 1 else "group_limited_greedy"
             table |= {"num_key_value_heads": config.num_attention_heads, "topk_method": method, "moe_layer_freq": 1}
         case "llama":
-            table |= {"attention_bias": False, "mlp_bias": False}
-        case "qwen2":
-            table |= {"use_sliding_window": False}
-        case "qwen3":
-            table |= {"use_sliding_window": False, "attention_bias": False}
+            table |= {"mlp_bias": False}
+        case "gpt_oss":
+            # transformers wants a window even where no layer has one.
+            table |= {"num_local_experts": config.n_routed_experts, "sliding_window": config.sliding_window or 128}
+            table |= {"layer_types": list(config.layer_types or [_FULL] * config.num_hidden_layers)}
+            # Nothing said means YaRN there.
+            table["rope_scaling"] = table["rope_scaling"] or {"type": "default", "rope_type": "default"}
         case "qwen3_moe":
-            table |= {"use_sliding_window": False, "attention_bias": False}
             table |= {"num_experts": config.n_routed_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    if kind.startswith("qwen"):
+        table |= _windows_to_hf(config)
     return table
+
+
+def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
+    if config.layer_types is None:
+        return {"use_sliding_window": False}
+    kinds: list[str] = list(config.layer_types)
+    first = kinds.index(_SLIDING)
+    uniform = kinds == [_FULL] * first + [_SLIDING] * (len(kinds) - first)
+    table = {"use_sliding_window": True, "sliding_window": config.sliding_window, "layer_types": kinds}
+    return table | {"max_window_layers": first if uniform else len(kinds)}
 
 
 def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
     """Under both names of the type: older readers know one, newer ones the other."""
     kind = scaling.type
-    return {"type": kind, "rope_type": kind, **{key: getattr(scaling, key) for key in _SCALINGS[kind]}}
+    given = {key: getattr(scaling, key) for key in _SCALINGS[kind]}
+    if scaling.truncate:
+        given.pop("truncate", None)  # as everywhere before gpt-oss
+    return {"type": kind, "rope_type": kind, **{key: value for key, value in given.items() if value is not None}}
 
 
 def _inexpressible(rule: str) -> CheckpointError:

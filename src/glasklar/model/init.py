@@ -11,6 +11,11 @@ from glasklar.model.transformer import Transformer
 from glasklar.ops.select import REFERENCE, Ops
 
 
+def kept_wide(name: str) -> bool:
+    """Whether a parameter or buffer stays in fp32 whatever the type of the others: gates, which decide."""
+    return name.endswith(("gate.weight", "gate.bias", "e_score_correction_bias"))
+
+
 def build(
     config: ModelConfig, ops: Ops = REFERENCE, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transformer:
@@ -18,7 +23,7 @@ def build(
     with torch.device("meta"):
         model = Transformer(config, ops)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if name.endswith("gate.weight") else dtype)
+        parameter.data = parameter.data.to(torch.float32 if kept_wide(name) else dtype)
     model = model.to_empty(device=device)
     for buffer in model.buffers():
         if buffer is not None:
@@ -38,7 +43,7 @@ def initialise(model: Transformer, seed: int) -> Transformer:
     for name, parameter in sorted(model.named_parameters()):
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", "_bias_EF", "_bias_ED")):
             parameter.zero_()
         else:
             parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))

@@ -54,6 +54,12 @@ class Gate(nn.Module):
         bias = torch.zeros(config.n_routed_experts) if config.scoring_func == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
         self.e_score_correction_bias: Tensor | None
+        # Of the scores themselves, and learned, unlike the one above (gpt-oss).
+        self.bias = nn.Parameter(torch.empty(config.n_routed_experts)) if config.swiglu_limit is not None else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Logits [T, E] in fp32."""
+        return F.linear(x_TD.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, speed: float) -> None:
@@ -68,7 +74,10 @@ class Gate(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts chosen by the gate, plus shared experts that see every token (eq. 12)."""
+    """Routed experts chosen by the gate, plus shared experts that see every token (eq. 12).
+
+    Those of gpt-oss have biases and a clamped SwiGLU; in their `gate_up_EFD` rows of gate and up alternate.
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
@@ -79,13 +88,16 @@ class MixtureOfExperts(nn.Module):
         self.gate = Gate(config)
         self.gate_up_EFD = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_EDF = nn.Parameter(torch.empty(E, D, F_))
+        clamped = config.swiglu_limit is not None
+        self.gate_up_bias_EF = nn.Parameter(torch.empty(E, 2 * F_)) if clamped else None
+        self.down_bias_ED = nn.Parameter(torch.empty(E, D)) if clamped else None
         self.shared_experts = FeedForward(D, F_ * config.n_shared_experts, ops) if config.n_shared_experts else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
         c = self.config
         x_TD = x_BTD.flatten(0, -2)
         ids_TA, weights_TA, scores_TE = self.ops.route(
-            F.linear(x_TD.float(), self.gate.weight.float()),
+            self.gate(x_TD),
             self.gate.e_score_correction_bias,
             active=c.num_experts_per_tok,
             groups=c.n_group,
@@ -94,7 +106,11 @@ class MixtureOfExperts(nn.Module):
             normalise=c.norm_topk_prob,
             scaling=c.routed_scaling_factor,
         )
-        y_TD = self.ops.experts(x_TD, ids_TA, weights_TA, self.gate_up_EFD, self.down_EDF)
+        if c.swiglu_limit is None:
+            y_TD = self.ops.experts(x_TD, ids_TA, weights_TA, self.gate_up_EFD, self.down_EDF)
+        else:
+            gate_up, down = (self.gate_up_EFD, self.gate_up_bias_EF), (self.down_EDF, self.down_bias_ED)
+            y_TD = self.ops.clamped_experts(x_TD, ids_TA, weights_TA, gate_up, down, c.swiglu_alpha, c.swiglu_limit)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)[0]
         return y_TD.view_as(x_BTD), Routing(ids_TA, scores_TE)

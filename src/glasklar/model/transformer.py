@@ -46,7 +46,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.input_layernorm = Norm(config.hidden_size, config, ops)
-        self.self_attn = (LatentAttention if config.is_mla else GroupedQueryAttention)(config, ops)
+        self.self_attn = (LatentAttention if config.is_mla else GroupedQueryAttention)(config, ops, layer)
         self.post_attention_layernorm = Norm(config.hidden_size, config, ops)
         self.mlp = (
             MixtureOfExperts(config, ops)
@@ -111,9 +111,9 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def at(self, position_BT: Tensor, mask_BTS: Tensor) -> Positions:
-        """Rotary angles and mask for tokens at the given positions."""
-        return positions(position_BT, mask_BTS, self.frequencies)
+    def at(self, position_BT: Tensor, mask_BTS: Tensor, key_position_BS: Tensor | None = None) -> Positions:
+        """Rotary angles and masks for tokens at the given positions; see `attention.positions`."""
+        return positions(position_BT, mask_BTS, self.frequencies, self.config.sliding_window, key_position_BS)
 
     def forward(
         self,

@@ -55,6 +55,19 @@ def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor
     return F.linear(x, weight_ND, bias_N)
 
 
+def sink_attention(
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, mask_BTS: Tensor, scale: float, sinks_H: Tensor
+) -> Tensor:
+    """`attention` with one score more in each head's softmax, which brings no value (gpt-oss, arXiv 2309.17453)."""
+    B, H, T, K = q_BHTK.shape
+    G = k_BGSK.shape[1]
+    q = q_BHTK.reshape(B, G, H // G * T, K)
+    scores = (q @ k_BGSK.transpose(-1, -2)).float().view(B, H, T, -1) * scale + mask_BTS[:, None].float()
+    sinks = sinks_H.float().view(1, H, 1, 1).expand(B, H, T, 1)
+    weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1].to(v_BGSV.dtype)
+    return (weights.reshape(B, G, H // G * T, -1) @ v_BGSV).view(B, H, T, -1)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for `gate_up` [..., 2F] holding gate, then up (arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -113,6 +126,35 @@ def experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tenso
         if rows.numel() == 0:
             continue
         out = F.linear(swiglu(F.linear(x_TD[rows], gate_up_EFD[expert])), down_EDF[expert])
+        y_TD = y_TD.index_add(0, rows, out * weights_TA[rows, slots, None].to(out.dtype))
+    return y_TD
+
+
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gate * sigmoid(alpha gate) * (up + 1), the gate cut off above `limit`, up beyond both sides of it (gpt-oss).
+    `gate_up` [..., 2F] holds gate and up of the first hidden value, then of the second, and so on."""
+    gate, up = gate_up[..., 0::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def clamped_experts(
+    x_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """As `experts`, with biases and `clamped_swiglu`. gate_up: [E, 2F, D] in its order and [E, 2F]; down: [E, D, F] and
+    [E, D]."""
+    y_TD = torch.zeros_like(x_TD)
+    for expert in range(gate_up[0].shape[0]):
+        rows, slots = (ids_TA == expert).nonzero(as_tuple=True)
+        if rows.numel() == 0:
+            continue
+        hidden = clamped_swiglu(F.linear(x_TD[rows], gate_up[0][expert], gate_up[1][expert]), alpha, limit)
+        out = F.linear(hidden, down[0][expert], down[1][expert])
         y_TD = y_TD.index_add(0, rows, out * weights_TA[rows, slots, None].to(out.dtype))
     return y_TD
 

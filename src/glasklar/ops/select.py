@@ -31,6 +31,9 @@ class Ops:
     feed_forward: Callable[..., Any] = reference.feed_forward
     route: Callable[..., Any] = reference.route
     experts: Callable[..., Any] = reference.experts
+    # gpt-oss alone; on CPUs it is the engine's C++ pass that has to be fast
+    sink_attention: Callable[..., Any] = reference.sink_attention
+    clamped_experts: Callable[..., Any] = reference.clamped_experts
     token_logprobs: Callable[..., Any] = reference.token_logprobs
     orthogonalise: Callable[..., Any] = reference.orthogonalise
 

@@ -37,7 +37,7 @@ def look(model: Model, ids: list[int], first: int) -> dict[str, Any]:
         raise RequestError(f"first = {first} of {len(ids)} tokens: a token needs one before it and must be there")
     if len(ids) > MOST_TOKENS:
         raise RequestError(f"{len(ids)} tokens: a look inside takes up to {MOST_TOKENS}, prompt and answer together")
-    network = model.network
+    network = model.transformer
     ids_T = torch.tensor(ids, device=network.head_WD.device)
     position_BT = torch.arange(len(ids) - 1, device=ids_T.device)[None]
     at = network.at(position_BT, document_mask(torch.zeros_like(position_BT), network.dtype))

@@ -31,6 +31,7 @@ class Start:
     threads: int
     max_slots: int
     max_tokens: int
+    quantize: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -351,6 +351,7 @@ def _start(model: ModelFolder, limits: Limits) -> Start:
         threads=runtime.threads,
         max_slots=limits.running,
         max_tokens=limits.cache_tokens,
+        quantize=model.quantize,
     )
 
 

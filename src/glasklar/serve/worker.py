@@ -213,7 +213,7 @@ def open_model(message: Start) -> tuple[Model, Engine]:
     from glasklar.engine.engine import Engine
     from glasklar.loading import load
 
-    model = load(message.folder, runtime)
+    model = load(message.folder, runtime, quantize=message.quantize)
     return model, Engine(model.network, max_slots=message.max_slots, max_tokens=message.max_tokens)
 
 

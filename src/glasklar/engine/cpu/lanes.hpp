@@ -99,6 +99,7 @@ inline float sum(Floats v) {
     return s[0];
 }
 inline Floats larger(Floats a, Floats b) { return a < b ? b : a; }
+inline Floats smaller(Floats a, Floats b) { return b < a ? b : a; }
 inline Floats magnitude(Floats v) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(v) & 0x7fffffffu); }
 inline float largest(Floats v) {
     float top = v[0];

@@ -37,6 +37,7 @@ _SHAPE = (
     "layers", "width", "heads", "kv_heads", "latent", "q_latent", "nope", "rope", "value", "vocabulary", "experts",
     "active", "groups", "groups_kept", "sigmoid", "normalise", "interleave", "page", "float_cache", "max_tokens",
 )  # fmt: skip
+_FACTORS = ("scaling", "eps", "latent_eps", "softmax_scale", "swiglu_alpha", "swiglu_limit")
 _VECTORS = (
     "attention_norm", "feed_norm", "q_latent_norm", "latent_norm", "q_norm", "k_norm", "sinks", "router_bias",
 )  # fmt: skip
@@ -50,7 +51,7 @@ class Shape(Struct):
 
     _fields_ = [
         *((name, i32) for name in _SHAPE),
-        *((name, f32) for name in ("scaling", "eps", "latent_eps", "softmax_scale")),
+        *((name, f32) for name in _FACTORS),
     ]
 
 

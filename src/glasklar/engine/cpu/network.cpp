@@ -409,7 +409,7 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
     });
 }
 
-// silu(gate) * up for units of 32 hidden values, made ready for the next product. Tiles: all of the gate, then all of up.
+// The gated hidden values, silu(gate) * up, for units of 32 hidden values, made ready for the next product. Tiles: all of the gate, then all of up.
 void Network::hidden_task(const Matrix& w, int copy, int unit_first, int unit_last, const Rows& in, const int64_t* row_list, int count,
                           const Rows& out, int64_t out_first, Scratch& scratch) {
     const int up = w.tiles() / 2;
@@ -422,7 +422,7 @@ void Network::hidden_task(const Matrix& w, int copy, int unit_first, int unit_la
                          [&](int i, int j, Floats v) { store(products + (i * 4 + part * 2 + j) * TILE, v); });
             for (int i = 0; i < rows; ++i) {
                 float* p = products + i * 4 * TILE;
-                for (int half = 0; half < 2; ++half) store(p + half * TILE, silu(load(p + half * TILE)) * load(p + (2 + half) * TILE));
+                for (int half = 0; half < 2; ++half) store(p + half * TILE, gated(load(p + half * TILE), load(p + (2 + half) * TILE)));
                 prepare_group(p, out, out_first + row + i, unit);
             }
         }

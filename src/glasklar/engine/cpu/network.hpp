@@ -19,7 +19,7 @@ struct Shape {
     int32_t layers, width, heads, kv_heads, latent, q_latent, nope, rope, value, vocabulary;
     int32_t experts, active, groups, groups_kept, sigmoid, normalise;
     int32_t interleave, page, float_cache, max_tokens;
-    float scaling, eps, latent_eps, softmax_scale;
+    float scaling, eps, latent_eps, softmax_scale, swiglu_alpha, swiglu_limit;  // limit 0: plain SwiGLU
 
     // Attention is cut by up to eight heads that share their keys.
     int attention_tasks() const {
@@ -147,6 +147,13 @@ class Network {
     static void tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit);
     template <class Emit>
     void dense(const Matrix& w, int task, const Rows& in, Emit emit);
+    Floats gated(Floats gate, Floats up) const {
+        if (shape_.swiglu_limit == 0) return silu(gate) * up;
+        // gpt-oss: gate sigmoid(alpha gate) (up + 1), both cut off
+        const Floats limit = spread(shape_.swiglu_limit);
+        gate = smaller(gate, limit);
+        return gate / (1.0f + exp(gate * -shape_.swiglu_alpha)) * (larger(smaller(up, limit), -limit) + 1.0f);
+    }
     void hidden_task(const Matrix& w, int copy, int unit_first, int unit_last, const Rows& in, const int64_t* row_list, int count,
                      const Rows& out, int64_t out_first, Scratch& scratch);
     // Tiles of one task, which are multiplied two by two: enough to stream, few enough to share out evenly.
