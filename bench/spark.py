@@ -77,7 +77,8 @@ def continue_for(seconds: float, name: str, recipe: Any, folder: Path, runtime: 
     from glasklar.data.procedural import Mixture
     from glasklar.engine.engine import Engine
     from glasklar.eval.tasks import evaluate_tasks, table
-    from glasklar.pipeline import EVALUATION_SEED, state_after
+    from glasklar.corpus import EVALUATION_SEED
+    from glasklar.pipeline import state_after
     from glasklar.recipe import RLStage, SFTStage
     from glasklar.stages import LanguageRunner, PolicyRunner, Runner
     from glasklar.train.optim import make_optimizer

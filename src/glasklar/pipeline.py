@@ -5,19 +5,13 @@ stopped. Everything that happens goes into the ledger; what a person watches goe
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from glasklar.corpus import EVALUATION_SEED, Corpus, prepare
-from glasklar.data.procedural import Mixture
-from glasklar.engine.engine import Engine
+from glasklar.corpus import Corpus, prepare
 from glasklar.errors import CheckpointError
-from glasklar.eval.answers import ask
-from glasklar.eval.network import expert_load, second_token_acceptance
-from glasklar.eval.tasks import Scores, evaluate_tasks, mean, table
-from glasklar.eval.text import bits_per_byte
+from glasklar.measuring import Measuring
 from glasklar.model.checkpoint import save_model
 from glasklar.model.transformer import Transformer
 from glasklar.provenance.energy import EnergyMeter
@@ -25,11 +19,10 @@ from glasklar.provenance.environment import describe_environment
 from glasklar.provenance.hashing import sha256_file
 from glasklar.provenance.metrics import START, read_metrics
 from glasklar.provenance.rundir import RunDir
-from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
+from glasklar.recipe import PretrainStage, Recipe, RLStage
 from glasklar.rl.doctor import NORMAL
 from glasklar.runtime import Runtime
 from glasklar.segment import Segment, work_after
-from glasklar.tasks.base import Split
 from glasklar.train.state import checkpoint_name, latest, load_state, prune, save_state, saved_hash
 from glasklar.training import AnyStage, Position, Training, state_at
 
@@ -56,6 +49,7 @@ class Pipeline:
         self.training = Training(recipe, runtime)
         self.model = self.training.model
         self.corpus: Corpus
+        self.measuring: Measuring
         self.segment: Segment | None = None
         self.seconds_before = 0.0
         self.started = time.monotonic()
@@ -114,6 +108,7 @@ class Pipeline:
             ledger.append("resumed", {"checkpoint": name, "machine": machine, "lost": lost})
         self.reporter.note("reading the sources, training the tokenizer")
         self.corpus = prepare(self.recipe, self.run.path / "data", self.runtime.threads)
+        self.measuring = Measuring(self.recipe, self.corpus)
         if not ledger.of("data"):
             ledger.append("data", self.corpus.facts)
             ledger.append(
@@ -168,20 +163,16 @@ class Pipeline:
     def _ready(self, stage: RLStage) -> bool:
         """Whether thinking is right often enough, and clearly better than answering at once, for RL to amplify it."""
         self.reporter.note("is the model ready for reinforcement? asking with and without thinking")
-        wanted = stage.readiness
-        scores = self._scores("valid", wanted.problems, modes=True)
-        names = self.recipe.reasoning_tasks
-        thinking, direct = mean(scores, "thinking", names), mean(scores, "direct", names)
-        ready = thinking >= wanted.accuracy and thinking - direct >= wanted.margin
-        data = {"thinking": thinking, "direct": direct, "ready": ready, "wanted": wanted.model_dump()}
+        data = self.measuring.readiness(self.model, stage)
         self.run.ledger.append("readiness", data)
+        ready, wanted = data["ready"], stage.readiness
         verdict = (
             "RL begins"
             if ready
             else f"RL is left out: it needs thinking >= {wanted.accuracy:.0%} and {wanted.margin:.0%} "
             "above direct answers; pretrain longer or make the tasks easier"
         )
-        self.reporter.note(f"right with thinking {thinking:.0%}, without {direct:.0%}: {verdict}")
+        self.reporter.note(f"right with thinking {data['thinking']:.0%}, without {data['direct']:.0%}: {verdict}")
         if ready:
             self.reporter.note(NORMAL)
         return ready
@@ -211,71 +202,18 @@ class Pipeline:
 
     # --- evaluations ----------------------------------------------------------------------------------------------
 
-    def _scores(
-        self, split: Split, problems: int, *, names: Sequence[str] = (), hard: bool = False, **more: Any
-    ) -> dict[str, Scores]:
-        entries = [e for e in self.recipe.tasks if e.name in (names or [t.name for t in self.recipe.tasks])]
-        return evaluate_tasks(
-            Engine(self.model),
-            self.corpus.tokenizer,
-            Mixture.of(entries, hard=hard),
-            split=split,
-            seed=EVALUATION_SEED,
-            problems=problems,
-            max_tokens=self.recipe.evaluation.max_tokens,
-            **more,
-        )
-
     def _watch(self, step: int) -> None:
-        """Greedy accuracy on validation problems while RL runs."""
-        scores = self._scores("valid", self.recipe.evaluation.watched_problems, names=self.recipe.reasoning_tasks)
-        self._record(
-            {"evaluation": "rl step", "split": "valid", "step": step, **table(scores, self.recipe.reasoning_tasks)},
-            in_ledger=False,
-            scores=scores,
-        )
+        self._record(self.measuring.watch(self.model, step), in_ledger=False)
 
     def _evaluate(self, index: int) -> None:
-        """After a stage: bits per byte on held-out documents; after SFT and RL also the tasks, easy and hard."""
-        stage, settings = self.recipe.stages[index], self.recipe.evaluation
-        line: dict[str, Any] = {"evaluation": f"after {stage.kind}", "split": "test", "step": stage.steps}
-        scores: dict[str, Scores] = {}
-        if self.corpus.held_out and isinstance(stage, PretrainStage):
-            self.reporter.note("measuring bits per byte on held-out documents")
-            line["bits_per_byte"] = bits_per_byte(
-                self.model, self.corpus.tokenizer, self.corpus.held_out, length=stage.length,
-                max_bytes=settings.held_out_bytes,
-            )  # fmt: skip
-        elif isinstance(stage, SFTStage | RLStage):
-            self.reporter.note("evaluating on unseen problems")
-            sampling: dict[str, Any] = {"samples": settings.samples, "sampled_problems": settings.sampled_problems}
-            scores = self._scores("test", settings.problems, modes=True, **sampling)
-            line |= table(scores, self.recipe.reasoning_tasks)
-            line["hard"] = {n: s.as_json() for n, s in self._scores("test", settings.problems, hard=True).items()}
-            line |= self._network()
-        else:
+        if not self.measuring.measured(index):
             return
-        self._record(line, in_ledger=True, scores=scores)
+        text = isinstance(self.recipe.stages[index], PretrainStage)
+        what = "measuring bits per byte on held-out documents" if text else "evaluating on unseen problems"
+        self.reporter.note(what)
+        self._record(self.measuring.after(self.model, index), in_ledger=True)
 
-    def _network(self) -> dict[str, Any]:
-        """Acceptance of drafted second tokens and load of the experts, on greedy answers to test problems."""
-        mixture = Mixture.of(self.recipe.tasks)
-        problems = [mixture.draw("test", EVALUATION_SEED, i) for i in range(self.recipe.evaluation.problems)]
-        answers = ask(Engine(self.model), self.corpus.tokenizer, problems, max_tokens=self.recipe.evaluation.max_tokens)
-        length = max(len(a.prompt) + len(a.completion.ids) for a in answers)
-        found: dict[str, Any] = {}
-        if len(self.model.mtp):
-            found["second_token_acceptance"] = second_token_acceptance(
-                self.model, self.corpus.tokenizer, answers, length=length
-            )
-        if self.recipe.model.is_moe:
-            found["load_max_mean"] = expert_load(self.model, self.corpus.tokenizer, answers, length=length)
-        return found
-
-    def _record(self, line: dict[str, Any], *, in_ledger: bool, scores: dict[str, Scores]) -> None:
-        """Figures, with examples of the answers behind them."""
-        if scores:
-            line = {**line, "examples": {name: list(score.examples) for name, score in scores.items()}}
+    def _record(self, line: dict[str, Any], *, in_ledger: bool) -> None:
         line = {**line, "tokens": self.position.tokens, "seconds": self.seconds}
         self.run.metrics.append(line)
         if in_ledger:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from glasklar.model.config import ModelConfig
 from glasklar.model.cost import decode_flops_per_token, mtp_flops_per_token, training_flops_per_token
 from glasklar.provenance.energy import EnergyMeter
 from glasklar.provenance.ledger import checkpoint_data
-from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
+from glasklar.recipe import AnyStage, Recipe, RLStage
 
 SMOOTHING = 0.9
 
@@ -17,17 +18,12 @@ SMOOTHING = 0.9
 class Segment:
     """Counts tokens, FLOPs, seconds and energy of the steps done since it was opened."""
 
-    def __init__(self, stage: PretrainStage | SFTStage | RLStage, recipe: Recipe, meter: EnergyMeter) -> None:
+    def __init__(self, stage: AnyStage, recipe: Recipe, meter: EnergyMeter) -> None:
         self.stage, self.recipe, self.meter = stage, recipe, meter
         self.began = self.before = time.monotonic()
         self.steps, self.flops = 0, 0.0
         self.step_seconds: float | None = None
         self.last: dict[str, Any] = {}
-        length = stage.rollout.length if isinstance(stage, RLStage) else stage.length
-        self.train_flops = training_flops_per_token(recipe.model, context=length)
-        if stage.language.mtp_weight:
-            self.train_flops += mtp_flops_per_token(recipe.model, context=length)
-        self.decode_flops = decode_flops_per_token(recipe.model, context=length // 2)
 
     def line(self, step: int, tokens: int, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
         """The metrics line of a step just done; `tokens` and `seconds` count from the beginning of the run."""
@@ -36,7 +32,7 @@ class Segment:
         old = self.step_seconds
         self.step_seconds = took if old is None else SMOOTHING * old + (1 - SMOOTHING) * took
         sampled = figures.get("sampled_tokens", 0)
-        self.flops += self.train_flops * figures["tokens"] + self.decode_flops * sampled
+        self.flops += flops_of(self.stage, self.recipe.model, figures["tokens"], sampled)
         self.steps, self.last = self.steps + 1, figures or self.last
         return {
             "stage": self.stage.kind,
@@ -76,6 +72,15 @@ class Segment:
             "energy": energy.record(),
             "cost": energy.cost(),
         }
+
+
+def flops_of(stage: AnyStage, model: ModelConfig, tokens: int, sampled: int) -> float:
+    """FLOPs of a step that trained on `tokens` and sampled so many."""
+    length = stage.rollout.length if isinstance(stage, RLStage) else stage.length
+    training = training_flops_per_token(model, context=length)
+    if stage.language.mtp_weight:
+        training += mtp_flops_per_token(model, context=length)
+    return training * tokens + decode_flops_per_token(model, context=length // 2) * sampled
 
 
 def work_after(recorded: dict[str, Any] | None, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from glasklar.audit.german import german_plot
 from glasklar.audit.plots import plots
 from glasklar.audit.report import duration, flops
 from glasklar.provenance.files import write_atomic, writing
-from glasklar.provenance.rundir import RunDir, write_json
+from glasklar.provenance.rundir import RunDir, json_text
 
 Maker = Callable[[dict[str, Any], Say], list[Block]]
 MAKERS: dict[str, tuple[str, str, Maker]] = {
@@ -40,22 +40,31 @@ MAKERS: dict[str, tuple[str, str, Maker]] = {
 
 def write_documents(run: RunDir) -> None:
     """Writes all documents of a released run; one that is not released has none yet."""
-    facts = RunFacts.read(run)
+    made = documents(RunFacts.read(run))
+    if made:
+        with writing(run.dossier):
+            run.dossier.mkdir(exist_ok=True)
+    for name, content in made.items():
+        write_atomic(run.path / name, content)
+
+
+def documents(facts: RunFacts) -> dict[str, bytes]:
+    """Path within the run -> content of every document; the same record gives the same bytes."""
     if not facts.of("released"):
-        return
+        return {}
     m = manifest(facts)
-    with writing(run.dossier):
-        run.dossier.mkdir(exist_ok=True)
-    write_json(run.dossier / "manifest.json", m)
-    write_atomic(run.model / "README.md", (model_card_head(m) + markdown("model-card", m, "en")).encode())
+    made = {
+        "dossier/manifest.json": json_text(m),
+        "dossier/mof.yaml": mof(m).encode(),
+        "dossier/bom.cdx.json": bom(m).encode(),
+        "model/README.md": (model_card_head(m) + markdown("model-card", m, "en")).encode(),
+    }
     for language in LANGUAGES:
         for name in MAKERS:
             head = data_card_head(m) if name == "data-card" else ""
-            text = head + markdown(name, m, language)
-            write_atomic(run.dossier / f"{name}.{language}.md", text.encode())
-        write_atomic(run.dossier / f"dossier.{language}.html", page(facts, m, language).encode())
-    write_atomic(run.dossier / "mof.yaml", mof(m).encode())
-    write_atomic(run.dossier / "bom.cdx.json", bom(m).encode())
+            made[f"dossier/{name}.{language}.md"] = (head + markdown(name, m, language)).encode()
+        made[f"dossier/dossier.{language}.html"] = page(facts, m, language).encode()
+    return made
 
 
 def markdown(name: str, m: dict[str, Any], language: str) -> str:

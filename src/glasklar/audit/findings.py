@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -68,10 +69,10 @@ class Findings:
 
     def __str__(self) -> str:
         """For people: one line a finding, the verdict last, with what it leaves open."""
-        lines = [f"{MARKS[entry.verdict]} {entry.subject}: {entry.text}" for entry in self.entries]
+        lines = [f"{MARKS[entry.verdict]} {visible(f'{entry.subject}: {entry.text}')}" for entry in self.entries]
         bad, open_ = len(self.failures), sum(entry.verdict == "unchecked" for entry in self.entries)
         summary = f"{SUMMARY[self.verdict]}{f' ({bad} findings)' if bad else ''}; {open_} claims could not be checked"
-        return "\n".join([*lines, "", f"{self.target}: {summary}"])
+        return "\n".join([*lines, "", f"{visible(self.target)}: {summary}"])
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -80,3 +81,9 @@ class Findings:
             "verdict": self.verdict,
             "findings": [asdict(entry) for entry in self.entries],
         }
+
+
+def visible(text: str) -> str:
+    """A text in which nothing can move the cursor, colour, hide or reverse what stands around it: names and messages in
+    a record are its maker's."""
+    return "".join(c if unicodedata.category(c)[0] not in "CZ" or c == " " else f"\\u{ord(c):04x}" for c in text)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from glasklar.audit.verify_contents import unknown_form
 from glasklar.audit.verify_replays import REPLAY_KIND, checkpoint_events, coverage, read_replays
 from glasklar.corpus import Corpus, prepare
 from glasklar.errors import CheckpointError, RecordError, RequestError
+from glasklar.measuring import Measuring
 from glasklar.provenance.environment import code_identity
 from glasklar.provenance.files import write_atomic
 from glasklar.provenance.hashing import canonical_json, sha256_hex
@@ -30,7 +31,7 @@ from glasklar.provenance.ledger import Event, exact, read_ledger
 from glasklar.provenance.metrics import read_metrics
 from glasklar.provenance.rundir import RunDir
 from glasklar.provenance.signing import Signer
-from glasklar.recipe import Recipe
+from glasklar.recipe import Recipe, RLStage
 from glasklar.runtime import Runtime
 from glasklar.train.state import checkpoint_name, load_state, state_hash
 from glasklar.training import Training
@@ -100,6 +101,38 @@ class Record:
         before = sum(self.recipe.stages[i].steps for i in range(index) if self.trained(i))
         place = before + step - 1
         return self.steps[place] if place < len(self.steps) else None
+
+    def watched(self, index: int, step: int) -> list[dict[str, Any]]:
+        """Recorded evaluations while a stage ran, after one of its steps."""
+        lines, trained, found = read_metrics(self.run.metrics_file), -1, []
+        for line in lines:
+            if "stage" in line:
+                trained += line["step"] == 1
+            elif line["evaluation"] == "rl step" and line["step"] == step and self._stages()[trained] == index:
+                found.append(line)
+        return found
+
+    def _stages(self) -> list[int]:
+        """Numbers of the stages that took place, in order."""
+        return [index for index in range(len(self.recipe.stages)) if self.trained(index)]
+
+    def evaluations(self, index: int) -> list[dict[str, Any]]:
+        """All that the ledger says was measured after a stage; more than once where the run was interrupted then."""
+        return [data for at, data in self._placed("evaluation") if at == index]
+
+    def readiness(self, index: int) -> list[dict[str, Any]]:
+        """What decided whether reinforcement, stage `index`, could begin."""
+        found = [data for at, data in self._placed("readiness") if at == index - 1]
+        return [{"evaluation": "readiness", "step": 0, **data} for data in found]
+
+    def _placed(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Events of a kind, each with the stage whose checkpoint came last before it."""
+        at = -1
+        for event in self.events:
+            if event.event == "checkpoint":
+                at = int(event.data["name"][:2])
+            elif event.event == name:
+                yield at, event.data
 
     def stretches(self) -> list[Stretch]:
         """The whole training, cut at the kept states."""
@@ -191,7 +224,10 @@ class Attempt:
     def __init__(self, record: Record, corpus: Corpus, runtime: Runtime, stretch: Stretch) -> None:
         self.record, self.corpus, self.stretch = record, corpus, stretch
         self.training = Training(record.recipe, runtime)
+        self.measuring = Measuring(record.recipe, corpus)
         self.states: dict[str, str] = {}
+        self.measured: list[str] = []  # evaluations done again
+        self.others: list[str] = []  # those that came out otherwise
         self.difference: StepDifference | None = None
         self.worst_loss = 0.0  # largest relative difference of a loss
 
@@ -234,8 +270,35 @@ class Attempt:
             name = checkpoint_name(index, stage.kind, step)
             if name in self.stretch.names:
                 self.states[name] = state_hash(*training.state(index))
+            self._measure(index, step)
             if name == self.stretch.names[-1]:
                 return
+
+    def _measure(self, index: int, step: int) -> None:
+        """Evaluates where the run did, and compares: a figure made up in all places of a record shows here alone."""
+        stages, record = self.record.recipe.stages, self.record
+        stage, model, measuring = stages[index], self.training.model, self.measuring
+        if isinstance(stage, RLStage) and (step == stage.steps or step % stage.evaluate_every == 0):
+            self._held_against(record.watched(index, step), measuring.watch(model, step))
+        if step < stage.steps:
+            return
+        if measuring.measured(index):
+            self._held_against(record.evaluations(index), measuring.after(model, index))
+        following = stages[index + 1] if index + 1 < len(stages) else None
+        if isinstance(following, RLStage):
+            again = {"evaluation": "readiness", "step": 0, **measuring.readiness(model, following)}
+            self._held_against(record.readiness(index + 1), again)
+
+    def _held_against(self, recorded: list[dict[str, Any]], again: dict[str, Any]) -> None:
+        again = json.loads(json.dumps(again))
+        name = f"{again['evaluation']} (step {again['step']})"
+        self.measured.append(name)
+        if not recorded:
+            self.others.append(f"{name}: not recorded")
+        for line in recorded:
+            place = next(_places(line, again), None)
+            if place is not None:
+                self.others.append(f"{name}: {place}")
 
     def _compare(self, index: int, step: int, figures: dict[str, Any]) -> None:
         """A step's figures with the recorded ones; "tokens" is counted on there and follows from the data."""
@@ -258,10 +321,13 @@ def _report(attempt: Attempt, found: Findings, tolerance: float | None) -> None:
     stretch = attempt.stretch
     subject = f"{stretch.start or 'seed'} to {stretch.names[-1]}"
     other = attempt.circumstances
-    if attempt.equal and attempt.difference is None:
-        found.holds(subject, f"{len(stretch.names)} recorded states come out equal, bit for bit, and so do all figures")
+    if attempt.equal and attempt.difference is None and not attempt.others:
+        measured = f" and {len(attempt.measured)} evaluations" if attempt.measured else ""
+        text = f"{len(stretch.names)} recorded states come out equal, bit for bit, and so do all figures{measured}"
+        found.holds(subject, text)
     elif attempt.equal:
-        found.fails(subject, f"the states are equal, the recorded figures are not: first at {attempt.difference}")
+        first = attempt.difference or attempt.others[0]
+        found.fails(subject, f"the states are equal, the recorded figures are not: first at {first}")
     elif tolerance is not None and other:
         near = attempt.worst_loss <= tolerance
         text = (
@@ -274,6 +340,18 @@ def _report(attempt: Attempt, found: Findings, tolerance: float | None) -> None:
         where = attempt.difference or "no step's figures differ, only the state does"
         text = f"another state than recorded at {wrong}; first difference: {where}"
         found.fails(subject, text + (f". Other circumstances: {'; '.join(other)}" if other else ""))
+
+
+def _places(recorded: dict[str, Any], here: dict[str, Any], at: str = "") -> Iterator[str]:
+    """Where two evaluations differ, their time aside."""
+    for name in sorted(recorded.keys() | here.keys()):
+        if not at and name in ("tokens", "seconds"):
+            continue
+        one, two, place = recorded.get(name), here.get(name), f"{at}.{name}" if at else name
+        if isinstance(one, dict) and isinstance(two, dict):
+            yield from _places(one, two, place)
+        elif one != two:
+            yield f"{place} is {two}, recorded was {one}"
 
 
 def _other_facts(corpus: Corpus, recorded: dict[str, Any]) -> str:

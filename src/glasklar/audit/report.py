@@ -30,12 +30,19 @@ NETWORK_FIGURES = ("bits_per_byte", "second_token_acceptance", "load_max_mean")
 
 def write_report(run: RunDir) -> None:
     """Writes both files of a run, finished or not. Raises CheckpointError where the ledger does not hold."""
-    facts = RunFacts.read(run)
+    for name, content in report_files(RunFacts.read(run)).items():
+        write_atomic(run.path / name, content)
+
+
+def report_files(facts: RunFacts) -> dict[str, bytes]:
+    """Name -> content of both files; the same record gives the same bytes."""
     title = f"Run of the recipe {facts.recipe['name']}"
     subtitle = facts.recipe.get("description", "")
     blocks = report(facts)
-    write_atomic(run.report_md, to_markdown(title, subtitle, blocks, run.report_html.name).encode())
-    write_atomic(run.report_html, to_html(title, subtitle, blocks).encode())
+    return {
+        "report.md": to_markdown(title, subtitle, blocks, "report.html").encode(),
+        "report.html": to_html(title, subtitle, blocks).encode(),
+    }
 
 
 def report(facts: RunFacts) -> list[Block]:

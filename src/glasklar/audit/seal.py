@@ -21,6 +21,7 @@ from glasklar.provenance.rundir import ATTESTATION, RunDir
 from glasklar.provenance.signing import Signer
 from glasklar.segment import work_after
 
+UNSEALED = (ATTESTATION, ".lock", "replays.jsonl")
 RUN_KIND, MODEL_KIND = "urn:x-glasklar:run:v1", "urn:x-glasklar:model:v1"
 
 
@@ -82,16 +83,18 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def sealed_files(folder: Path) -> list[Path]:
     """All files below `folder` but its own statement, its lock and the replays that are added later.
 
-    Raises RecordError for a link, which would make the seal depend on files elsewhere.
+    Raises RecordError for a link, which would make the seal depend on files elsewhere, and for what is neither file nor
+    folder.
     """
     found = []
     for path in sorted(folder.rglob("*")):
-        inner = path.relative_to(folder).as_posix()
-        if inner in (ATTESTATION, ".lock", "replays.jsonl"):
-            continue
         if path.is_symlink():
             raise RecordError(f"{path}: a link; a run is sealed with files alone: replace it by what it points to")
-        if path.is_file():
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            raise RecordError(f"{path}: neither a file nor a folder; remove it")
+        if path.relative_to(folder).as_posix() not in UNSEALED:
             found.append(path)
     return found
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from glasklar.audit.facts import RunFacts
 from glasklar.audit.findings import Findings
 from glasklar.audit.receipt import verify_receipt
-from glasklar.audit.seal import MODEL_KIND, RUN_KIND, file_hashes, origin
+from glasklar.audit.seal import MODEL_KIND, RUN_KIND, file_hashes, origin, sealed_files
 from glasklar.audit.verify_contents import check_contents, unknown_form
+from glasklar.audit.verify_documents import check_documents
 from glasklar.audit.verify_replays import check_replays
 from glasklar.errors import CheckpointError, RecordError
 from glasklar.provenance.environment import files_hash
@@ -64,6 +65,11 @@ def verify(
 
 def _verify_run(run: RunDir, home: Path, key: str | None, head: str | None) -> Findings:
     found = Findings(str(run.path), "run")
+    try:
+        sealed_files(run.path)
+    except RecordError as error:  # what is no plain file is not opened: it may lead elsewhere, or never end
+        found.fails("files", str(error))
+        return found
     events = _chain(run, found, head)
     ended = any(event.event in ("released", "abandoned") for event in events)
     if run.attestation_file.is_file():
@@ -87,6 +93,7 @@ def _verify_run(run: RunDir, home: Path, key: str | None, head: str | None) -> F
             )
         else:
             check_contents(run, events, found)
+            check_documents(run, events, found)
             check_replays(run, events, found)
     _lock(run, found)
     return found
@@ -165,6 +172,20 @@ def _run_statement(run: RunDir, events: list[Event], found: Findings, home: Path
         "signed origin",
         "recipe, data root, tokenizer, code and last state in the statement are the ledger's",
         "the statement names another recipe, data root, tokenizer, code or state than the ledger",
+    )
+    if run.model.is_dir():
+        _model_of_run(run, events, statement, found)
+
+
+def _model_of_run(run: RunDir, events: list[Event], whole: Statement, found: Findings) -> None:
+    """The model's own statement, which goes where the model goes, must say what the run's says."""
+    statement = read_envelope(run.model / ATTESTATION, MODEL_KIND)
+    wanted = {"model_root": model_root(run.model), "ledger_head": events[-1].hash, **origin(events)}
+    found.expect(
+        statement.predicate == wanted and statement.signer == whole.signer,
+        f"model/{ATTESTATION}",
+        "says of the model what the ledger says, signed with the same key",
+        "says otherwise of the model than the ledger, or is signed with another key",
     )
 
 

@@ -17,7 +17,7 @@ from glasklar.data.tokenizer import Tokenizer
 from glasklar.errors import CheckpointError
 from glasklar.model.checkpoint import hf_tensors, load_model
 from glasklar.ops.select import select
-from glasklar.provenance.hashing import canonical_json, sha256_file, tensor_hash
+from glasklar.provenance.hashing import canonical_json, merkle_root, sha256_file, tensor_hash
 from glasklar.provenance.ledger import Event
 from glasklar.provenance.metrics import read_metrics
 from glasklar.provenance.rundir import RunDir
@@ -29,7 +29,7 @@ from glasklar.training import state_at
 # What the checks read of an event's data.
 FIELDS: dict[str, set[str]] = {
     "run": {"recipe", "seed", "code", "machine"},
-    "data": {"root", "source_roots", "tokens", "train_file"},
+    "data": {"documents", "root", "source_roots", "tokens", "train_file"},
     "tokenizer": {"hash"},
     "checkpoint": {"name", "state_hash", "metrics"},
     "released": {"files"},
@@ -93,6 +93,15 @@ def _data(run: RunDir, recorded: dict[str, Any], tokenizer: dict[str, Any], foun
         f"data/{TRAIN}",
         f"{recorded['tokens']:,} training tokens, the recorded ones",
         "other training tokens than recorded",
+    )
+    sources = recorded["source_roots"].values()
+    together = merkle_root(bytes.fromhex(source["root"]) for source in sources)
+    found.expect(
+        together == recorded["root"] and sum(source["documents"] for source in sources) == recorded["documents"],
+        "source roots",
+        f"the roots of {len(sources)} sources give the root of the data",
+        f"the roots of the sources give {together}, the ledger says {recorded['root']}; or their documents do not "
+        "add up",
     )
     if "removed_file" in recorded:
         removed = sum(recorded["removed"].values())
@@ -167,6 +176,16 @@ def _metrics(run: RunDir, events: list[Event], checkpoints: dict[str, dict[str, 
         f"the figures before {wrong[0] if wrong else ''} are not those that the ledger binds",
     )
     known = [event.data for event in events if event.event == "evaluation"]
+    stages, at, misplaced = Recipe.read(run.recipe(), run.identity_file.name).stages, -1, []
+    for event in events:
+        if event.event == "checkpoint":
+            at = int(event.data["name"][:2])
+        elif event.event == "evaluation" and (
+            event.data.get("evaluation") != f"after {stages[at].kind}" or event.data.get("step") != stages[at].steps
+        ):
+            misplaced.append(f"line {event.index + 1}")
+    if misplaced:
+        found.fails("evaluations", f"{', '.join(misplaced)} of the ledger: not the evaluation that belongs there")
     shown = [line for line in read_metrics(run.metrics_file) if str(line.get("evaluation")).startswith("after ")]
     found.expect(
         all(line in known for line in shown) and content.endswith(b"\n"),

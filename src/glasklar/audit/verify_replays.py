@@ -5,13 +5,12 @@ Each line of replays.jsonl is a statement signed by whoever did it; lines may co
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from glasklar.audit.findings import Findings
 from glasklar.errors import RecordError
-from glasklar.provenance.hashing import canonical_json
+from glasklar.provenance.hashing import canonical_json, strict_json
 from glasklar.provenance.ledger import Event
 from glasklar.provenance.rundir import RunDir
 from glasklar.provenance.signing import Statement, open_envelope
@@ -39,7 +38,7 @@ def read_replays(run: RunDir) -> list[Statement]:
     for number, line in enumerate(run.replays_file.read_bytes().splitlines(keepends=True), start=1):
         where = f"{run.replays_file.name}, line {number}"
         try:
-            envelope = json.loads(line)
+            envelope = strict_json(line)
             if canonical_json(envelope) + b"\n" != line:
                 raise RecordError(f"{where}: not in the form in which it was written: it was changed")
         except ValueError:

@@ -51,10 +51,12 @@ def code_identity(root: Path = _ROOT) -> dict[str, Any]:
 
 
 def files_hash(root: Path = _ROOT) -> str:
-    """SHA-256 over the names and contents of all files below `root`, byte code and build results aside."""
+    """SHA-256 over the names and contents of all files below `root`, byte code and build results aside: what a compiler
+    makes of the same source differs from machine to machine."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*"), key=lambda path: path.relative_to(root).as_posix()):
-        if path.is_file() and not {"__pycache__", "build"} & set(path.relative_to(root).parts):
+        built = {"__pycache__", "build"} & set(path.relative_to(root).parts) or path.suffix in (".so", ".pyd")
+        if path.is_file() and not built:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             digest.update(f"{path.relative_to(root).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()

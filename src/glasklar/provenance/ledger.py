@@ -10,7 +10,6 @@ kept elsewhere (a signature, a git tag).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from typing import Any, Literal, Self
 
 from glasklar.errors import CheckpointError
 from glasklar.provenance.files import write_all, write_atomic, writing
-from glasklar.provenance.hashing import canonical_json, sha256_hex
+from glasklar.provenance.hashing import canonical_json, sha256_hex, strict_json
 
 EventName = Literal[
     "run",  # recipe, code, installed versions, machine, threads, flags
@@ -181,7 +180,7 @@ class Ledger:
 def _check(path: Path, line: bytes, index: int, previous: str) -> Event:
     """The event of a line that is where it should be and what it was when it was written."""
     try:
-        values = json.loads(line)
+        values = strict_json(line)
         claimed = Event(**values)
         true = Event.make(claimed.index, claimed.time, claimed.event, claimed.data, claimed.previous)
         unchanged = true.line() == line + b"\n"

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from glasklar.errors import CheckpointError
 from glasklar.provenance.files import sync, write_all, write_atomic, writing
+from glasklar.provenance.hashing import strict_json
 
 
 class Mark(TypedDict):
@@ -89,7 +90,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            lines.append(json.loads(line))
+            lines.append(strict_json(line))
         except ValueError:
             raise CheckpointError(f"{path}: line {number} is not JSON; restore the file from a copy") from None
     return lines

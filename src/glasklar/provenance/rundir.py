@@ -49,7 +49,12 @@ def default_run(name: str, environ: Mapping[str, str]) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file of a run, laid out for people, replaced in one step. Raises CapacityError or CheckpointError."""
-    write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2).encode() + b"\n")
+    write_atomic(path, json_text(value))
+
+
+def json_text(value: Any) -> bytes:
+    """JSON laid out for people. Raises ValueError for NaN and infinities."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2).encode() + b"\n"
 
 
 class RunDir:

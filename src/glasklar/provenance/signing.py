@@ -13,7 +13,6 @@ Formats: DSSE v1.0.2 (protocol.md), in-toto Attestation Framework v1 (spec/v1/st
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from glasklar.errors import RecordError
 from glasklar.provenance.files import write_all, writing
-from glasklar.provenance.hashing import canonical_json, sha256_hex
+from glasklar.provenance.hashing import canonical_json, sha256_hex, strict_json
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -104,7 +103,9 @@ def open_envelope(envelope: Any, kind: str, where: str) -> Statement:
     try:
         [signature] = envelope["signatures"]
         payload = _bytes(envelope["payload"])
-        statement = json.loads(payload)
+        statement = strict_json(payload)
+        if canonical_json(statement) != payload:
+            raise RecordError(f"{where}: what was signed is not canonical JSON, which readers might take differently")
         public = _bytes(statement["predicate"].pop("signer"))
         subjects = {entry["name"]: entry["digest"]["sha256"] for entry in statement["subject"]}
         Ed25519PublicKey.from_public_bytes(public).verify(_bytes(signature["sig"]), _encoded(payload))
@@ -128,7 +129,7 @@ def read_envelope(path: Path, kind: str) -> Statement:
     """The statement of an envelope's file, which must be canonical JSON to the byte. Raises RecordError."""
     try:
         content = path.read_bytes()
-        envelope = json.loads(content)
+        envelope = strict_json(content)
         if canonical_json(envelope) + b"\n" != content:
             raise RecordError(f"{path.name}: not in the form in which it was written: it was changed")
     except OSError as error:

@@ -1,0 +1,108 @@
+"""What people read of a run, held against its record: figures, documents and reports are computed from it again."""
+
+from __future__ import annotations
+
+from glasklar.audit.documents import documents
+from glasklar.audit.facts import BASELINES, RunFacts
+from glasklar.audit.findings import Findings
+from glasklar.audit.report import report_files
+from glasklar.audit.seal import sealed_files
+from glasklar.audit.verify_replays import checkpoint_events
+from glasklar.provenance.energy import JOULES_PER_KWH
+from glasklar.provenance.environment import files_hash
+from glasklar.provenance.ledger import Event, exact
+from glasklar.provenance.metrics import read_metrics
+from glasklar.provenance.rundir import ATTESTATION, RunDir
+from glasklar.recipe import Recipe
+from glasklar.segment import flops_of
+
+# What a run consists of: files and folders at its top.
+PARTS = {
+    "recipe.toml", "recipe.json", "ledger.jsonl", "metrics.jsonl", "report.md", "report.html", BASELINES,
+    "checkpoints", "model", "data", "dossier",
+}  # fmt: skip
+CHECKPOINT = {"state.safetensors", "meta.json"}
+ROUNDING = 1e-9  # of sums of floats
+
+
+def check_documents(run: RunDir, events: list[Event], found: Findings) -> None:
+    found.guard("figures", lambda: _figures(run, events, found))
+    found.guard("documents", lambda: _documents(run, events, found))
+    found.guard("parts", lambda: _parts(run, events, found))
+
+
+def _figures(run: RunDir, events: list[Event], found: Findings) -> None:
+    """Loss, gradient norm, FLOPs and price of every recorded segment follow from the figures of its steps."""
+    recipe = Recipe.read(run.recipe(), run.identity_file.name)
+    lines = read_metrics(run.metrics_file)
+    wrong, begin, tokens = [], 0, 0
+    recorded = checkpoint_events(events)
+    for name, data in recorded.items():
+        end = data["metrics"]["lines"]
+        steps = [line for line in lines[begin:end] if "stage" in line]
+        begin = end
+        stage = recipe.stages[int(name[:2])]
+        flops = 0.0
+        for step in steps:
+            flops += flops_of(stage, recipe.model, step["tokens"] - tokens, step.get("sampled_tokens", 0))
+            tokens = step["tokens"]
+        cost, joules = data["cost"], data["energy"]["joules"]
+        claims = {
+            "loss": data["loss"] == exact(steps[-1].get("loss", 0.0)),
+            "gradient norm": data["gradient_norm"] == exact(steps[-1].get("gradient_norm", 0.0)),
+            "FLOP": _near(data["flops"], flops),
+            "cost": _near(cost["usd"], joules / JOULES_PER_KWH * cost["usd_per_kwh"]),
+        }
+        wrong += [f"{claim} of {name}" for claim, true in claims.items() if not true]
+    found.expect(
+        not wrong,
+        "figures",
+        f"loss, gradient norm, FLOP and cost of all {len(recorded)} segments follow from the figures of their steps",
+        f"{', '.join(wrong)}: the ledger says otherwise than the figures of the steps",
+    )
+
+
+def _near(a: float, b: float) -> bool:
+    return abs(a - b) <= ROUNDING * max(abs(a), abs(b))
+
+
+def _documents(run: RunDir, events: list[Event], found: Findings) -> None:
+    """Dossier, card and report must be the ones that the record gives."""
+    facts = RunFacts.read(run)
+    made_by = next(event.data for event in events if event.event == "run")["code"]["files"]
+    wanted = {**report_files(facts), **documents(facts)} if facts.of("released") else {}
+    there = {name: run.path / name for name in wanted}
+    other = [name for name, path in there.items() if not path.is_file() or path.read_bytes() != wanted[name]]
+    if not wanted:
+        return
+    if other and made_by != files_hash():
+        found.unchecked(
+            "documents",
+            f"{len(other)} of {len(wanted)} are worded otherwise than this code words them ({other[0]}, …); whether "
+            "they say what the record says can be told with the code of that commit",
+        )
+        return
+    for name in other:
+        found.fails(name, "is not the document that the record gives: made by hand, or from another record")
+    if not other:
+        found.holds("documents", f"all {len(wanted)} are, to the byte, those that follow from the record")
+
+
+def _parts(run: RunDir, events: list[Event], found: Findings) -> None:
+    """Nothing lies in the folder that is no part of a run. Signed or not, code beside weights is not harmless."""
+    released = [event.data["files"] for event in events if event.event == "released"]
+    model = {*(released[-1] if released else ()), "README.md", ATTESTATION}
+    strange = []
+    for path in sealed_files(run.path):
+        parts = path.relative_to(run.path).parts
+        known = parts[0] in PARTS
+        if parts[0] == "model":
+            known = len(parts) == 2 and parts[1] in model
+        elif parts[0] == "checkpoints":
+            known = len(parts) == 3 and parts[2] in CHECKPOINT
+        if not known:
+            strange.append("/".join(parts))
+    for name in strange:
+        found.fails(name, "is no part of a run: the ledger knows nothing of it, though its signer may have signed it")
+    if not strange:
+        found.holds("parts", "nothing lies in the folder that is no part of a run")
