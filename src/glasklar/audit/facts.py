@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 from typing import Any, Self
 
 from glasklar.errors import CheckpointError
 from glasklar.provenance.energy import JOULES_PER_KWH, USD_PER_KWH
+from glasklar.provenance.hashing import canonical_json, sha256_hex
 from glasklar.provenance.ledger import Event, read_ledger
 from glasklar.provenance.metrics import read_metrics
 from glasklar.provenance.rundir import RunDir
@@ -33,9 +35,10 @@ class StageCost:
         return self.joules / JOULES_PER_KWH * USD_PER_KWH
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RunFacts:
-    """steps: metrics lines of training steps; evaluations: those of evaluations; both in the order of the run."""
+    """steps: metrics lines of training steps; evaluations: those of evaluations; both in the order of the run. Two
+    records that say the same are equal, so that what is drawn from one can be kept."""
 
     recipe: dict[str, Any]
     events: list[Event]
@@ -55,6 +58,17 @@ class RunFacts:
             evaluations=[line for line in lines if "evaluation" in line],
             baselines=_read_baselines(run),
         )
+
+    @cached_property
+    def digest(self) -> str:
+        events = [event.hash for event in self.events]
+        return sha256_hex(canonical_json([self.recipe, events, self.steps, self.evaluations, self.baselines]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RunFacts) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def of(self, name: str) -> list[dict[str, Any]]:
         return [event.data for event in self.events if event.event == name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from glasklar.audit.facts import RunFacts, running_steps, unique
@@ -22,10 +23,11 @@ class NamedPlot:
     caption: str
 
 
-def plots(facts: RunFacts) -> list[NamedPlot]:
+@lru_cache(maxsize=2)  # report and pages in two languages show the same ones
+def plots(facts: RunFacts) -> tuple[NamedPlot, ...]:
     """All plots that the run has figures for."""
     makers: list[Callable[[RunFacts], NamedPlot | None]] = [_accuracy, _length, _reward, _loss, _load]
-    return [plot for make in makers if (plot := make(facts))]
+    return tuple(plot for make in makers if (plot := make(facts)))
 
 
 def _accuracy(facts: RunFacts) -> NamedPlot | None:

@@ -28,7 +28,7 @@ from glasklar.training import state_at
 
 # What the checks read of an event's data.
 FIELDS: dict[str, set[str]] = {
-    "run": {"recipe", "seed", "code", "machine"},
+    "run": {"recipe", "seed", "code", "machine", "packages"},
     "data": {"documents", "root", "source_roots", "tokens", "train_file"},
     "tokenizer": {"hash"},
     "checkpoint": {"name", "state_hash", "metrics"},

@@ -9,7 +9,7 @@ from glasklar.audit.report import report_files
 from glasklar.audit.seal import sealed_files
 from glasklar.audit.verify_replays import checkpoint_events
 from glasklar.provenance.energy import JOULES_PER_KWH
-from glasklar.provenance.environment import files_hash
+from glasklar.provenance.environment import files_hash, installed_versions
 from glasklar.provenance.ledger import Event, exact
 from glasklar.provenance.metrics import read_metrics
 from glasklar.provenance.rundir import ATTESTATION, RunDir
@@ -69,17 +69,19 @@ def _near(a: float, b: float) -> bool:
 def _documents(run: RunDir, events: list[Event], found: Findings) -> None:
     """Dossier, card and report must be the ones that the record gives."""
     facts = RunFacts.read(run)
-    made_by = next(event.data for event in events if event.event == "run")["code"]["files"]
+    made = next(event.data for event in events if event.event == "run")
+    here = {"code": files_hash(), "matplotlib": installed_versions("matplotlib").get("matplotlib")}
+    there = {"code": made["code"]["files"], "matplotlib": made["packages"].get("matplotlib")}
     wanted = {**report_files(facts), **documents(facts)} if facts.of("released") else {}
-    there = {name: run.path / name for name in wanted}
-    other = [name for name, path in there.items() if not path.is_file() or path.read_bytes() != wanted[name]]
+    lying = {name: run.path / name for name in wanted}
+    other = [name for name, path in lying.items() if not path.is_file() or path.read_bytes() != wanted[name]]
     if not wanted:
         return
-    if other and made_by != files_hash():
+    if other and there != here:
         found.unchecked(
             "documents",
-            f"{len(other)} of {len(wanted)} are worded otherwise than this code words them ({other[0]}, …); whether "
-            "they say what the record says can be told with the code of that commit",
+            f"{len(other)} of {len(wanted)} are worded or drawn otherwise than here ({other[0]}, …); whether they say "
+            "what the record says can be told with the code of that commit and its packages",
         )
         return
     for name in other:
