@@ -137,10 +137,11 @@ def generate(
             engine=engine_identity({**runtime.describe(), **computed_by(model.network)}),
             prompt=ids,
             sampling=asdict(params),
+            guide=None,
             ids=completion.ids,
             logprobs=completion.logprobs,
             finish=completion.finish,
-            alone=True,
+            exact=True,
         )
     return answer
 

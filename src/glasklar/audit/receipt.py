@@ -1,83 +1,55 @@
-"""Receipts on both sides: signed for answers that a server gave, and verified by giving the answer again.
+"""`glasklar verify answer.json`: the answer of a receipt given again on this machine, token for token.
 
-An engine that answers many at once forms other products than one that answers alone, and floating-point sums come out
-otherwise in their last bits (measured: the log-probabilities of one answer in six, the tokens of none in 1,500). So
-both sides compute the answer once more in the one form that does not depend on company: alone, in a fresh engine. What
-the receipt holds are the log-probabilities of that form.
+The verifier's engine answers alone, without drafts and with an empty cache; whoever gave the answer had company, cached
+prefixes and drafts. On the C++ passes none of that changes a bit, so even the log-probabilities must come out equal.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from glasklar.audit.findings import Findings
 from glasklar.engine.engine import Engine
 from glasklar.engine.native_runner import computed_by
-from glasklar.engine.packed import PackedModel
-from glasklar.engine.request import Completion, SamplingParams
-from glasklar.errors import RecordError
+from glasklar.engine.request import Completion, SamplingParams, TokenEvent
+from glasklar.errors import CapacityError, RecipeError, RecordError
 from glasklar.loading import Model, load
-from glasklar.model.transformer import Transformer
 from glasklar.provenance.environment import code_identity
-from glasklar.provenance.receipt import (
-    Receipt,
-    engine_identity,
-    logprob_digest,
-    make_receipt,
-    model_root,
-    open_receipt,
-)
-from glasklar.provenance.signing import Signer
-from glasklar.runtime import Runtime, start
+from glasklar.provenance.hashing import strict_json
+from glasklar.provenance.receipt import Receipt, logprob_digest, model_root, open_receipt
+from glasklar.runtime import Precision, Runtime, start
+from glasklar.serve.grammar import GuideMaker, GuideSpec
+
+MOST_THREADS = 1024
+# What may stand beside a receipt in a file: what the server's and `generate`'s replies have.
+BESIDE = {"object", "id", "choice", "choices", "receipt"}
 
 
-class Attestor:
-    """Signs receipts for answers of one model. Made once a server: it reads all weights for their hash."""
+def answer_again(model: Model, receipt: Receipt) -> Completion:
+    """The answer once more, in a fresh engine with nobody beside it; one that was cut off is made up to the cut.
 
-    def __init__(self, model: Model, runtime: Runtime, signer: Signer) -> None:
-        self.model, self.signer = model, signer
-        self.root = model_root(model.folder)
-        self.engine = engine_identity({**runtime.describe(), **computed_by(model.network)})
-
-    def receipt(self, prompt: Sequence[int], params: SamplingParams, ids: Sequence[int], finish: str) -> dict[str, Any]:
-        """The envelope for an answer, however it was computed: given once more, alone, which takes as long as it did.
-
-        finish   "stop", "length", or "cancelled" for an answer that the caller cut off
-
-        Raises RecordError where the answer comes out otherwise alone: within a near tie, which the company in a batch
-        decided, or because it is none of this model's. What nobody could verify is not signed.
-        """
-        again = answer_alone(self.model.network, prompt, params, ids, finish)
-        if again.ids != list(ids) or finish not in ("cancelled", again.finish):
-            raise RecordError(
-                f"the answer comes out otherwise alone, from token {_first_difference(again.ids, ids) + 1} on: a near "
-                "tie that company in the batch decided; ask again, and again for the receipt"
-            )
-        return make_receipt(
-            self.signer,
-            model=self.root,
-            engine=self.engine,
-            prompt=prompt,
-            sampling=asdict(params),
-            ids=again.ids,
-            logprobs=again.logprobs,
-            finish=finish,
-            alone=True,
-        )
-
-
-def answer_alone(
-    network: Transformer | PackedModel, prompt: Sequence[int], params: SamplingParams, ids: Sequence[int], finish: str
-) -> Completion:
-    """The answer once more, in a fresh engine with nobody beside it; one that was cut off is made up to the cut."""
-    if finish == "cancelled":
-        params = replace(params, max_tokens=len(ids))
-    [again] = Engine(network, max_slots=1).generate([list(prompt)], params)
-    return again
+    Raises GlasklarError where the engine cannot give it, RecordError for settings of another version.
+    """
+    params = sampling(receipt)
+    if receipt.finish == "cancelled":
+        params = replace(params, max_tokens=len(receipt.ids))
+    guide = None
+    if receipt.guide is not None:
+        if model.tokenizer is None:
+            raise RecordError("the answer was guided, which needs the model's tokenizer")
+        guide = GuideMaker(model.tokenizer, model.config.vocab_size).make(_guide(receipt.guide))
+    engine = Engine(model.network, max_slots=1, draft_tokens=0)
+    engine.add(receipt.prompt, params, guide=guide)
+    events: list[TokenEvent] = []
+    while engine.has_work:
+        events += engine.step()
+    if error := events[-1].error:
+        raise error
+    ids, logprobs = [event.token for event in events], [event.logprob for event in events]
+    return Completion(ids=ids, logprobs=logprobs, finish=events[-1].finish or "cancelled")
 
 
 def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: str | None = None) -> Findings:
@@ -87,19 +59,24 @@ def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: st
     home    where runs lie, to find the model by its root
     model   its folder, if it lies elsewhere
 
-    Raises RecordError where the file is no JSON.
+    Raises RecordError where the file is no JSON, or says something twice.
     """
     found = Findings(str(path), "receipt")
-    envelope = _read(path)
+    content = _read(path)
+    within = isinstance(content, dict) and "receipt" in content
     try:
-        receipt = open_receipt(envelope, path.name)
+        receipt = open_receipt(content["receipt"] if within else content, path.name)
     except RecordError as error:
         found.fails("receipt", str(error))
         return found
     found.holds("signature", f"valid, made with the Ed25519 key {receipt.signer}")
-    if key is not None:
+    if key is None:
+        found.unchecked("signer", "whose key it is: compare its fingerprint with what the server's owner publishes")
+    else:
         good, bad = "the key is the one that was asked for", f"signed with {receipt.signer}, not with {key}"
         found.expect(receipt.signer == key.lower(), "signer", good, bad)
+    if within and (strange := sorted(content.keys() - BESIDE)):
+        found.fails(", ".join(strange), "stands beside the receipt, where nobody signed it: leave it out")
     folder = find_by_root(receipt.model, home) if model is None else model
     if folder is None:
         found.unchecked("answer", f"the model {receipt.model} is not among this machine's runs; give --model FOLDER")
@@ -107,26 +84,44 @@ def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: st
         found.fails("model", f"{folder} is another model than the receipt's, {receipt.model}")
     else:
         found.holds("model", f"{folder} is the model of the receipt, {receipt.model}")
-        found.guard("answer", lambda: check_answer(receipt, load(folder, _runtime(receipt)), found))
+        found.guard("answer", lambda: _again(receipt, folder, found))
     return found
+
+
+def _again(receipt: Receipt, folder: Path, found: Findings) -> None:
+    try:
+        runtime = _runtime(receipt)
+    except RecipeError as error:
+        found.unchecked("answer", f"cannot be given again here: {error}")
+        return
+    check_answer(receipt, load(folder, runtime), found)
 
 
 def check_answer(receipt: Receipt, model: Model, found: Findings) -> None:
     """Gives the answer again and compares ids, end and log-probabilities."""
-    again = answer_alone(model.network, receipt.prompt, sampling(receipt), receipt.ids, receipt.finish)
+    try:
+        again = answer_again(model, receipt)
+    except CapacityError as error:
+        found.unchecked("answer", f"cannot be given again here: {error}")
+        return
     ids = len(receipt.ids)
     if again.ids != receipt.ids:
         place = _first_difference(again.ids, receipt.ids)
         longer = place == min(ids, len(again.ids))
         where = f"the length, {len(again.ids)} here and {ids} there" if longer else f"token {place + 1}"
-        hint = "" if receipt.alone else "; it was computed in a batch, where a near tie may round the other way"
+        hint = "" if receipt.exact else "; it was computed in a batch, where a near tie may round the other way"
         found.fails("answer", f"this machine answers otherwise from {where} on{_circumstances(receipt, model)}{hint}")
         return
-    found.holds("answer", f"all {ids} tokens come out the same")
+    found.holds("answer", f"all {ids} tokens come out the same{_words(receipt, model)}")
     if receipt.finish != "cancelled":
         good, bad = f"ends the same way ({again.finish})", f"ends with {again.finish}, there with {receipt.finish}"
         found.expect(again.finish == receipt.finish, "end", good, bad)
     _logprobs(receipt, again, model, found)
+
+
+def _words(receipt: Receipt, model: Model) -> str:
+    """What the tokens say: a text shown elsewhere as this answer can be compared with it."""
+    return "" if model.tokenizer is None else f": {model.tokenizer.decode(receipt.ids, skip_special=False)!r}"
 
 
 def sampling(receipt: Receipt) -> SamplingParams:
@@ -138,6 +133,14 @@ def sampling(receipt: Receipt) -> SamplingParams:
     given["stop_ids"] = tuple(given["stop_ids"])
     given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
     return SamplingParams(**given)
+
+
+def _guide(given: dict[str, Any]) -> GuideSpec:
+    """What guided an answer. Raises RecordError for what this version does not know."""
+    unknown = set(given) - {field.name for field in fields(GuideSpec)}
+    if unknown:
+        raise RecordError(f"guide setting {min(unknown)!r}: not one of this version's; use the receipt's version")
+    return GuideSpec(**given)
 
 
 def find_by_root(root: str, home: Path) -> Path | None:
@@ -157,7 +160,7 @@ def _logprobs(receipt: Receipt, again: Completion, model: Model, found: Findings
     other = _circumstances(receipt, model)
     if logprob_digest(again.logprobs) == receipt.logprobs:
         found.holds("log-probabilities", "the same bits")
-    elif other or not receipt.alone:
+    elif other or not receipt.exact:
         why = other or " (computed in a batch with others)"
         found.unchecked("log-probabilities", f"other bits, which may come from rounding{why}")
     else:
@@ -175,14 +178,17 @@ def _circumstances(receipt: Receipt, model: Model) -> str:
 
 
 def _runtime(receipt: Receipt) -> Runtime:
-    """This machine with the threads and the precision of the receipt."""
+    """This machine with the threads and the precision of the receipt. Raises RecordError for what no machine has, and
+    RecipeError for a device that this one has not."""
     machine = receipt.engine["machine"]
-    return start(machine["threads"], machine["device"], machine["compute"])
+    threads, compute = machine["threads"], machine["compute"]
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS or compute not in get_args(Precision):
+        raise RecordError(f"threads = {threads!r}, compute = {compute!r}: no machine of this version answers so")
+    return start(threads, machine["device"], compute)
 
 
 def _read(path: Path) -> Any:
     try:
-        value = json.loads(path.read_bytes())
+        return strict_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: no JSON file that could be read ({error})") from None
-    return value["receipt"] if isinstance(value, dict) and "receipt" in value else value
+        raise RecordError(f"{path}: no JSON file that could be read in one way ({error})") from None

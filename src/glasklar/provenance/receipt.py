@@ -4,10 +4,9 @@ A receipt names the model by its root, the engine by version and machine, and ho
 settings with the seed, the ids of the answer and a digest of their log-probabilities. It is enough to give the same
 answer again.
 
-An answer that an engine computed alone (a fresh `Engine(model, max_slots=1)`) comes out again to the bit. One that was
-computed in a batch with others has products of other shapes, whose sums may round otherwise in the last bit. Receipts
-hold the log-probabilities of the answer computed alone (`audit.receipt.Attestor` does that for a server); `alone` says
-that they do. Where it is false they are those of a batch, and only the tokens are compared.
+On the engine's C++ passes the numbers of an answer do not depend on what else was computed: they come out again to the
+bit, and `exact` says so. PyTorch's passes have products of other shapes in a batch, whose sums may round otherwise in
+the last bit; unless such an answer was computed alone, `exact` is false and only its tokens are compared.
 
 A receipt holds the prompt: it is as confidential as the conversation.
 """
@@ -38,9 +37,10 @@ class Receipt:
 
     engine            version, hash of the code, machine (`Runtime.describe`, name of the ops)
     sampling          all fields of `SamplingParams`
+    guide             what else decided about the tokens, as plain data (`serve.grammar.GuideSpec`); None: nothing
     finish            "stop", "length", or "cancelled": the caller took no more tokens (a stop text, a lost connection)
     logprobs          digest of the log-probabilities, one an id
-    alone             computed alone, so that it must come out to the bit
+    exact             whether the log-probabilities must come out to the bit
     signer            fingerprint of the key
     """
 
@@ -48,10 +48,11 @@ class Receipt:
     engine: dict[str, Any]
     prompt: list[int]
     sampling: dict[str, Any]
+    guide: dict[str, Any] | None
     ids: list[int]
     finish: str
     logprobs: str
-    alone: bool
+    exact: bool
     signer: str
 
 
@@ -78,17 +79,18 @@ def make_receipt(
     engine: Mapping[str, Any],
     prompt: Sequence[int],
     sampling: Mapping[str, Any],
+    guide: Mapping[str, Any] | None,
     ids: Sequence[int],
     logprobs: Sequence[float],
     finish: str,
-    alone: bool,
+    exact: bool,
 ) -> dict[str, Any]:
     """The signed envelope, JSON values only. model: `model_root`; engine: `engine_identity`; sampling:
     `dataclasses.asdict` of the request's `SamplingParams`; the rest is the prompt and the answer (`Completion`)."""
     settings = json.loads(json.dumps(dict(sampling)))  # token ids of logit_bias become text, tuples lists
-    answer = {"ids": list(ids), "finish": finish, "logprobs": logprob_digest(logprobs), "alone": alone}
+    answer = {"ids": list(ids), "finish": finish, "logprobs": logprob_digest(logprobs), "exact": exact}
     subjects = {"answer": _digest(answer), "model": model, "prompt": _digest(list(prompt))}
-    body = {"engine": dict(engine), "prompt": list(prompt), "sampling": settings, "answer": answer}
+    body = {"engine": dict(engine), "prompt": list(prompt), "sampling": settings, "guide": guide, "answer": answer}
     return signer.sign(RECEIPT_KIND, subjects, body)
 
 
@@ -100,19 +102,27 @@ def open_receipt(envelope: Any, where: str) -> Receipt:
         answer = body["answer"]
         if subjects["answer"] != _digest(answer) or subjects["prompt"] != _digest(body["prompt"]):
             raise RecordError(f"{where}: the digests of prompt and answer are not those of its ids")
+        if not _whole(body["prompt"]) or not _whole(answer["ids"]):
+            raise RecordError(f"{where}: prompt and answer must be lists of token ids")
         return Receipt(
             model=subjects["model"],
             engine=body["engine"],
             prompt=body["prompt"],
             sampling=body["sampling"],
+            guide=body["guide"],
             ids=answer["ids"],
             finish=answer["finish"],
             logprobs=answer["logprobs"],
-            alone=answer["alone"],
+            exact=answer["exact"],
             signer=statement.signer,
         )
     except (LookupError, TypeError) as error:
         raise RecordError(f"{where}: a receipt without {error}") from None
+
+
+def _whole(ids: Any) -> bool:
+    """Whether these are token ids. JSON's `true` is no 1 and 1.0 is none either, though Python takes them for it."""
+    return isinstance(ids, list) and bool(ids) and all(type(token) is int and token >= 0 for token in ids)
 
 
 def logprob_digest(logprobs: Sequence[float]) -> str:

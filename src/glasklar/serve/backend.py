@@ -9,6 +9,7 @@ from glasklar.serve.conversations import Conversations
 from glasklar.serve.jobs import Jobs
 from glasklar.serve.metrics import Metrics
 from glasklar.serve.news import RunNews
+from glasklar.serve.receipts import Receipts
 from glasklar.serve.service import ModelService
 from glasklar.serve.trace import Tracing
 
@@ -23,6 +24,7 @@ class Backend:
     conversations: Conversations = field(default_factory=Conversations)
     jobs: Jobs = field(default_factory=Jobs)
     metrics: Metrics = field(default_factory=Metrics)
+    receipts: Receipts | None = None
     failure: str | None = None
 
     @property
@@ -36,3 +38,8 @@ class Backend:
         if self.service is None:
             raise CapacityError("the model is still being trained; watch it at / and ask again when it is done")
         return self.service
+
+    def answers(self, reply: str) -> None:
+        """From here on, answers made in this context belong to the reply with this id, and have receipts."""
+        if self.receipts is not None:
+            self.receipts.name(reply)

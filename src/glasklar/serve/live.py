@@ -10,6 +10,7 @@ from glasklar.loading import ModelFolder
 from glasklar.serve.backend import Backend
 from glasklar.serve.conversations import conversations_in
 from glasklar.serve.news import RunNews
+from glasklar.serve.receipts import Receipts
 from glasklar.serve.server import Site, opened, server_of, terminable, url_of
 from glasklar.serve.service import ModelService
 from glasklar.serve.trace import Tracing
@@ -28,7 +29,9 @@ class LiveServer:
         self._stack = ExitStack()
         self._socket, self._door = self._stack.enter_context(opened(site))
         conversations = self._stack.enter_context(closing(conversations_in(site.home)))
-        self._backend = Backend(news=RunNews(folder), tracing=tracing, conversations=conversations)
+        self._backend = Backend(
+            news=RunNews(folder), tracing=tracing, conversations=conversations, receipts=Receipts(site.home)
+        )
         self._server = server_of(self._backend, self._door, site)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True

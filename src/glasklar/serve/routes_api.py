@@ -88,7 +88,7 @@ def _openai(app: FastAPI, backend: Backend) -> None:
         question = await run_in_threadpool(question_of, service, body)
         head = _head("chatcmpl", service)
         return await _answered(
-            request, backend, service, [question], bool(body.stream),
+            request, backend, service, head, [question], bool(body.stream),
             lambda arrivals: chat.collect(arrivals, body, question, head),
             lambda arrivals: chat.stream(arrivals, body, question, head),
         )  # fmt: skip
@@ -99,7 +99,7 @@ def _openai(app: FastAPI, backend: Backend) -> None:
         asked = await run_in_threadpool(questions_of, service, body)
         head = _head("cmpl", service)
         return await _answered(
-            request, backend, service, asked[0], bool(body.stream),
+            request, backend, service, head, asked[0], bool(body.stream),
             lambda arrivals: completions.collect(arrivals, body, asked, head),
             lambda arrivals: completions.stream(arrivals, body, asked, head),
         )  # fmt: skip
@@ -110,7 +110,7 @@ def _openai(app: FastAPI, backend: Backend) -> None:
         question = await run_in_threadpool(question_of, service, _chat(body))
         head = responses.head_of(body, service.name)
         return await _answered(
-            request, backend, service, [question], bool(body.stream),
+            request, backend, service, head, [question], bool(body.stream),
             lambda arrivals: responses.collect(arrivals, body, question, head),
             lambda arrivals: responses.stream(arrivals, body, question, head),
             write=by_type, last="",
@@ -124,7 +124,7 @@ def _anthropic(app: FastAPI, backend: Backend) -> None:
         question = await run_in_threadpool(question_of, service, _chat(body))
         head = anthropic.head_of(service.name)
         return await _answered(
-            request, backend, service, [question], bool(body.stream),
+            request, backend, service, head, [question], bool(body.stream),
             lambda arrivals: anthropic.collect(arrivals, question, head),
             lambda arrivals: anthropic.stream(arrivals, question, head),
             write=by_type, last="",
@@ -165,6 +165,7 @@ async def _answered(
     request: Request,
     backend: Backend,
     service: ModelService,
+    head: dict[str, Any],
     questions: Sequence[Question],
     streamed: bool,
     collect: Collect,
@@ -172,7 +173,9 @@ async def _answered(
     write: Callable[[Event], str] = plain,
     last: str = DONE,
 ) -> Response:
-    """The reply, whole or as a stream. What is refused at once has a status of its own in both cases."""
+    """The reply, whole or as a stream. What is refused at once has a status of its own in both cases. Receipts
+    are found by the id in `head`."""
+    backend.answers(head["id"])
     arrivals = Begun(backend.metrics.watch(choices(service, questions), questions))
     try:
         await arrivals.look()

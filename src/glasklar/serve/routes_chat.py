@@ -131,6 +131,7 @@ def _answers(app: FastAPI, backend: Backend) -> None:
     def begun(request: Request, conversation: str, new: tuple[Entry, ...], settings: AskSettings) -> dict[str, Any]:
         owner = owner_of(request)
         mine = backend.conversations.of(owner)
+        backend.answers(new[-1].id)
         backend.jobs.start(owner, mine, conversation, new, backend.ready(), settings)
         return {**mine.head(conversation), "messages": [shown(entry) for entry in new]}
 

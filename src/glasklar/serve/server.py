@@ -29,6 +29,7 @@ from glasklar.serve.gate import AccessLog, Door
 from glasklar.serve.guard import LOOPBACK, error_body
 from glasklar.serve.limits import Limits
 from glasklar.serve.news import RunNews
+from glasklar.serve.receipts import Receipts
 from glasklar.serve.service import ModelService
 from glasklar.serve.trace import Tracing
 
@@ -231,7 +232,13 @@ def serve(model: ModelFolder, site: Site, *, run: Path | None = None, tracing: T
         news = None if run is None else RunNews(run)
         url = url_of(listening, site)
         print(f"{service.name} at {url} · API: {url}/v1 · Ctrl-C stops", flush=True)
-        backend = Backend(service=service, news=news, tracing=tracing, conversations=conversations_in(site.home))
+        backend = Backend(
+            service=service,
+            news=news,
+            tracing=tracing,
+            conversations=conversations_in(site.home),
+            receipts=Receipts(site.home),
+        )
         try:
             server_of(backend, door, site).run(sockets=[listening])
         except KeyboardInterrupt:

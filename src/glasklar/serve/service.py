@@ -23,6 +23,7 @@ from glasklar.serve.grammar import GuideMaker, GuideSpec
 from glasklar.serve.limits import Limits
 from glasklar.serve.link import Link, lost_error
 from glasklar.serve.messages import Call, Cancel, Message, Ready, Refused, Reply, Start, Submit, Tokens
+from glasklar.serve.receipts import given
 from glasklar.serve.schema import MAX_CHOICES
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class ModelService:
         caller = visit()
         new = caller.begin(prompt)
         waiter = self._enter(caller.key, prompt, params, guide, priority)
+        record, failed = given(prompt, params, guide), True
         try:
             while True:
                 item = await waiter.mailbox.get()
@@ -132,10 +134,16 @@ class ModelService:
                     caller.hit(item.cached)
                     new = False
                 caller.made(item)
+                record.take(item)
                 yield item
                 if item.finish is not None:
+                    failed = False
                     return
+        except (GeneratorExit, asyncio.CancelledError):
+            failed = False
+            raise
         finally:
+            record.end(failed)
             caller.settle()
             self._leave(waiter)
 
