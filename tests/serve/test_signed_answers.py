@@ -135,3 +135,32 @@ def test_answers_of_the_page_have_receipts(web: httpx.Client, home: Path, tmp_pa
     conversation = begun.json()["id"]
     web.get(f"/conversations/{conversation}/messages/{answer}/events")  # ends with the answer
     assert verdicts(web, answer, tmp_path, home) in (WHOLE, CUT)
+
+
+@pytest.mark.parametrize(
+    ("path", "ask"),
+    [
+        ("/v1/completions", {"prompt": "What is", "max_tokens": 6, "n": 2, "temperature": 1.0}),
+        ("/v1/responses", {"input": "What is 3+4?", "max_output_tokens": 20}),
+        ("/anthropic/v1/messages", {"messages": [{"role": "user", "content": "What is 3+4?"}], "max_tokens": 20}),
+    ],
+)
+def test_every_api_has_receipts(
+    web: httpx.Client, model: ModelFolder, home: Path, tmp_path: Path, path: str, ask: dict[str, Any]
+) -> None:
+    reply = web.post(path, json={"model": model.name, **ask})
+    assert reply.status_code == 200, reply.text
+    assert verdicts(web, reply.json()["id"], tmp_path, home) == WHOLE
+
+
+def test_guided_answers_are_guided_again(web: httpx.Client, model: ModelFolder, home: Path, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    asked = body(model, "How many?", response_format=form, thinking={"type": "enabled", "budget_tokens": 4})
+    reply = web.post("/v1/chat/completions", json={**asked, "max_tokens": 40})
+    assert reply.status_code == 200, reply.text
+    name = reply.json()["id"]
+    signed = open_receipt(web.get(f"/v1/receipts/{name}").json()["receipt"], "r")
+    assert signed.guide is not None
+    assert signed.guide["grammar"]
+    assert verdicts(web, name, tmp_path, home) == WHOLE
