@@ -53,7 +53,8 @@ def test_what_is_made(text: str, wanted: str) -> None:
 HOSTILE = [
     "<script>x</script>", "<img src=x onerror=y>", "<svg/onload=x>", "[a](javascript:x)", "[a](JAVASCRIPT:x)",
     "[a](data:text/html,x)", "[a](&#106;avascript:x)", "[a](//evil.example)", "[a](/conversations)",
-    "![a](javascript:x)", "<javascript:x>", "[a]: javascript:x\n\n[a]", "`<b onclick=x>`", "```\"><script>x</script>\n```",
+    "![a](javascript:x)", "<javascript:x>", "[a]: javascript:x\n\n[a]",
+    "`<b onclick=x>`", "```\"><script>x</script>\n```",
     "$\\text{<img src=x onerror=y>}$", "$\\href{javascript:x}{y}$", "$\\text{</math><script>x</script>}$",
     '[a](https://a.b "onclick=x")', "[a](https://a.b/\"onclick='x')", "<a href=javascript:x>a</a>",
     "<math><annotation-xml encoding='text/html'><img src=x onerror=y></annotation-xml></math>",
