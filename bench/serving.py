@@ -38,7 +38,7 @@ from glasklar import runtime
 
 THREADS = runtime.prepare()
 
-from glasklar.data.chat import Message, parse, render  # noqa: E402
+from glasklar.data.chat import Message, Splitter, render  # noqa: E402
 from glasklar.engine.engine import Engine  # noqa: E402
 from glasklar.engine.request import SamplingParams  # noqa: E402
 from glasklar.loading import Model, find_model, load  # noqa: E402
@@ -93,8 +93,10 @@ def alone(model: Model, asked: list[str]) -> list[Case]:
     for seed, question in enumerate(asked):
         prompt = render(tokenizer, [Message(role="user", content=question)], None)
         [completion] = engine.generate([prompt], params(model, seed))
-        reply = parse(tokenizer, completion.ids, None)
-        cases.append(Case(question, seed, reply.reasoning, reply.content))
+        splitter = Splitter(tokenizer, None)
+        pieces = [piece for token in completion.ids for piece in splitter.push(token)] + splitter.flush()
+        reasoning, content = ("".join(t for c, t in pieces if c == channel) for channel in ("reasoning", "content"))
+        cases.append(Case(question, seed, reasoning, content))
     return cases
 
 

@@ -13,6 +13,7 @@ import ssl
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -158,25 +159,40 @@ def test_a_client_that_takes_nothing_is_let_go(server: LiveServer) -> None:
 
 
 def test_ten_times_the_queue_gets_200_or_429_and_then_all_is_as_before(server: LiveServer) -> None:
-    with httpx.Client(base_url=server.url) as client:
-        before = client.post("/v1/chat/completions", json=body()).json()["choices"]
+    """All arrive while the engine stands still, so that no place comes free too early."""
+    service, count = server._backend.service, 10 * LIMITS.queued
+    assert service is not None
 
-        def one(seed: int) -> httpx.Response:
-            return httpx.post(f"{server.url}/v1/chat/completions", json=body(seed=seed, stream=True), timeout=60)
+    def ask(seed: int) -> httpx.Response:
+        return httpx.post(f"{server.url}/v1/chat/completions", json=body(seed=seed, stream=True), timeout=120)
 
-        with ThreadPoolExecutor(120) as pool:
-            replies = list(pool.map(one, range(120)))
-        codes = {reply.status_code for reply in replies}
-        assert codes == {200, 429}
-        for reply in replies:
-            if reply.status_code == 200:
-                assert reply.text.endswith("data: [DONE]\n\n")
-                assert 'data: {"error"' not in reply.text
-            else:
-                assert int(reply.headers["retry-after"]) > 0
-        assert client.post("/v1/chat/completions", json=body()).json()["choices"] == before
-    assert server._backend.service is not None
-    assert server._backend.service.waiting == 0
+    before = [contents(ask(seed)) for seed in range(2)]
+    with ThreadPoolExecutor(count) as pool:
+        os.kill(service.status["pid"], signal.SIGSTOP)
+        try:
+            asked = [pool.submit(ask, seed) for seed in range(count)]
+            deadline = time.monotonic() + 60
+            while sum(one.done() for one in asked) < count - LIMITS.requests:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            os.kill(service.status["pid"], signal.SIGCONT)
+        replies = [one.result() for one in asked]
+    assert Counter(reply.status_code for reply in replies) == {200: LIMITS.requests, 429: count - LIMITS.requests}
+    for reply in replies:
+        if reply.status_code == 200:
+            assert reply.text.endswith("data: [DONE]\n\n")
+            assert 'data: {"error"' not in reply.text
+        else:
+            assert int(reply.headers["retry-after"]) > 0
+            assert reply.json()["error"]["code"] == "rate_limit_exceeded"
+    assert [contents(ask(seed)) for seed in range(2)] == before
+    assert service.waiting == 0
+
+
+def contents(reply: httpx.Response) -> str:
+    events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+    return "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
 
 
 def test_ready_and_health(server: LiveServer) -> None:
@@ -221,24 +237,12 @@ def test_the_command_serves_over_tls_with_keys_and_finishes_what_it_streams(fold
     command = [sys.executable, "-m", "glasklar.cli", *words, "--tls-cert", str(chain), "--tls-key", str(private)]
     environ = {**os.environ, "GLASKLAR_HOME": str(tmp_path)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environ, text=True)
-    assert process.stdout is not None
-    with process, process.stdout:
-        url = process.stdout.readline().split(" at ")[1].split()[0]
-        assert url.startswith("https://127.0.0.1:")
-        trust = ssl.create_default_context(cafile=str(chain))
-        with httpx.Client(base_url=url, verify=trust, timeout=60) as client:
-            assert client.get("/").status_code == 401
-            client.headers["authorization"] = f"Bearer {secret}"
-            wish = body(stream=True, max_tokens=1500, stream_options={"include_usage": True})
-            with client.stream("POST", "/v1/chat/completions", json=wish) as reply:
-                lines = reply.iter_lines()
-                next(lines)
-                process.send_signal(signal.SIGTERM)
-                rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        usage = json.loads(rest[-2].removeprefix("data: "))["usage"]
-        assert usage["completion_tokens"] > 100
-        assert process.wait(timeout=30) == 0
+    try:
+        usage = _stream_through_the_end(process, chain, secret)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.communicate()
     [row] = access.usage()
     assert (row["key"], row["requests"]) == (key.id, 1)
     assert row["completion_tokens"] == usage["completion_tokens"]
@@ -246,3 +250,24 @@ def test_the_command_serves_over_tls_with_keys_and_finishes_what_it_streams(fold
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(entry["status"], entry["key"]) for entry in entries] == [(401, None), (200, "Ada")]
     assert entries[1]["completion_tokens"] == usage["completion_tokens"]
+
+
+def _stream_through_the_end(process: subprocess.Popen[str], chain: Path, secret: str) -> dict[str, int]:
+    """Begins an answer, tells the server to end, reads the answer to its end; returns its usage."""
+    assert process.stdout is not None
+    url = process.stdout.readline().split(" at ")[1].split()[0]
+    assert url.startswith("https://127.0.0.1:")
+    trust = ssl.create_default_context(cafile=str(chain))
+    with httpx.Client(base_url=url, verify=trust, timeout=60) as client:
+        assert client.get("/").status_code == 401
+        client.headers["authorization"] = f"Bearer {secret}"
+        wish = body(stream=True, max_tokens=1500, stream_options={"include_usage": True})
+        with client.stream("POST", "/v1/chat/completions", json=wish) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    usage = json.loads(rest[-2].removeprefix("data: "))["usage"]
+    assert usage["completion_tokens"] > 100
+    return dict(usage)

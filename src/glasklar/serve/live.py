@@ -11,7 +11,7 @@ from glasklar.serve.backend import Backend
 from glasklar.serve.conversations import conversations_in
 from glasklar.serve.news import RunNews
 from glasklar.serve.receipts import Receipts
-from glasklar.serve.server import Site, opened, server_of, terminable, url_of
+from glasklar.serve.server import BACKLOG, Site, opened, server_of, terminable, url_of
 from glasklar.serve.service import ModelService
 from glasklar.serve.trace import Tracing
 
@@ -55,6 +55,7 @@ class LiveServer:
                 print("stopped")
 
     def __enter__(self) -> LiveServer:
+        self._socket.listen(BACKLOG)  # whoever gets the address may call at once
         self._thread.start()
         return self
 

@@ -231,6 +231,7 @@ def serve(model: ModelFolder, site: Site, *, run: Path | None = None, tracing: T
         service = ModelService(model, site.limits, alone=door.alone)
         news = None if run is None else RunNews(run)
         url = url_of(listening, site)
+        listening.listen(BACKLOG)  # whoever reads the next line may call at once
         print(f"{service.name} at {url} · API: {url}/v1 · Ctrl-C stops", flush=True)
         backend = Backend(
             service=service,
