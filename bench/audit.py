@@ -2,30 +2,37 @@
 
     python bench/audit.py RUN                          # a finished run, read only; prints a table
     python bench/audit.py RUN --json                   # one JSON object
-    python bench/audit.py RUN --only recording trace   # some of the parts: recording, checking, replay, trace, receipts
+    python bench/audit.py RUN --only recording trace   # some of the parts: recording, checking, replay, trace, …
 
 recording   steps of the run's first stage, in turns of a few seconds with and without the record (metrics, energy,
             state hash, ledger), a checkpoint at the end of each turn: many times as often as the run has them. Beside
             it the parts by themselves, each as often as the run did it, data hashing, documents and seal among them
-checking    `verify` on untouched copies (false alarms) and on copies with one flipped bit anywhere (misses)
+checking    `verify` on untouched copies (false alarms) and on copies with one changed byte anywhere (misses)
 replay      stretches drawn by a beacon, done again, compared bit for bit
 trace       planted spans in 10 million tokens with boilerplate
-receipts    answers given under 32-fold load, signed, verified
+receipts    answers that a server gives under 32-fold load, over its socket, verified by their receipts
+same        the recipe, shortened, carried out again: in two processes, killed with -9, on one thread
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import httpx
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -164,9 +171,9 @@ def checking(run: Path, copies: int, flips: int) -> dict[str, Any]:
         for number in range(flips):
             # Each file in turn, so that small ones are met as often as large ones.
             path, place = files[number % len(files)], draw.randrange(files[number % len(files)].stat().st_size)
-            flip(path, place, bit := draw.randrange(8))
+            flip(path, place, mask := draw.randrange(1, 256))
             found = verify(whole, home=home)
-            flip(path, place, bit)
+            flip(path, place, mask)
             named = any(path.relative_to(whole).as_posix() in e.subject + e.text for e in found.failures)
             missed += found.verdict == "holds"
             unnamed += found.verdict != "holds" and not named
@@ -178,18 +185,18 @@ def checking(run: Path, copies: int, flips: int) -> dict[str, Any]:
         "verify, s": median(seconds) if seconds else None,
         "untouched copies": copies,
         "false alarms": alarms,
-        "flipped bits": flips,
+        "changed bytes": flips,
         "not found": missed,
         "found, file not named": unnamed,
     }
 
 
-def flip(path: Path, place: int, bit: int) -> None:
+def flip(path: Path, place: int, mask: int) -> None:
     with path.open("r+b") as file:
         file.seek(place)
         value = file.read(1)[0]
         file.seek(place)
-        file.write(bytes([value ^ (1 << bit)]))
+        file.write(bytes([value ^ mask]))
 
 
 def replaying(run: Path, count: int) -> dict[str, Any]:
@@ -249,70 +256,186 @@ def tracing() -> dict[str, float]:
     }
 
 
-def receipts(run: Path, runtime: Runtime, count: int) -> dict[str, Any]:
-    """Answers given under load, signed by a server's attestor, verified by a stranger's check."""
-    from glasklar.audit.findings import Findings
-    from glasklar.audit.receipt import Attestor, check_answer
-    from glasklar.data.chat import Message, render
-    from glasklar.data.procedural import Mixture
-    from glasklar.engine.engine import Engine
-    from glasklar.engine.request import SamplingParams
-    from glasklar.errors import RecordError
-    from glasklar.loading import load
-    from glasklar.provenance.receipt import open_receipt
+def tracing_run(run: Path) -> dict[str, Any]:
+    """Spans of the run's own documents, asked for as a server does: with licence, proof and steps of each hit."""
+    from glasklar.audit.trace import Tracer
+    from glasklar.provenance.hashing import proves
     from glasklar.provenance.rundir import RunDir
-    from glasklar.provenance.signing import Signer
-    from glasklar.recipe import Recipe
 
-    model = load(run / "model", runtime)
-    assert model.tokenizer is not None
-    mixture, draw = Mixture.of(Recipe.read(RunDir(run).recipe(), "recipe.json").tasks), random.Random(5)
-    asked = []
-    for i in range(count):
-        question = mixture.draw("test", 99, i if draw.random() < 0.7 else i // 8)[1].question
-        prompt = render(model.tokenizer, [Message(role="user", content=question)], None)
-        temperature = draw.choice([0.0, 0.7, 1.0, 1.3])
-        stop = model.tokenizer.stop_ids
-        asked.append((prompt, SamplingParams(max_tokens=80, temperature=temperature, seed=i, stop_ids=stop)))
-    engine = Engine(model.network, max_slots=CONCURRENT)
-    waiting, open_, ids, logprobs, ends = list(range(count)), {}, {}, {}, {}
-    while len(ends) < count:
-        while waiting and len(open_) < CONCURRENT:
-            number = waiting.pop(0)
-            open_[engine.add(*asked[number])] = number
-        for event in engine.step():
-            number = open_[event.request]
-            ids.setdefault(number, []).append(event.token)
-            logprobs.setdefault(number, []).append(event.logprob)
-            if event.finish is not None:
-                ends[open_.pop(event.request)] = event.finish
-    verified = refused = same = 0
-    seconds = []
+    rng, took, missed, unproven = np.random.default_rng(1), [], 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        attestor = Attestor(model, runtime, Signer.open(Path(folder)))
-        for number, (prompt, params) in enumerate(asked):
-            try:
-                took, envelope = timed(lambda n=number, a=(prompt, params): attestor.receipt(*a, ids[n], ends[n]))
-            except RecordError:
-                refused += 1
-                continue
-            seconds.append(took)
-            found, opened = Findings("answer", "receipt"), open_receipt(envelope, "answer")
-            check_answer(opened, model, found)
-            verified += all(entry.verdict == "holds" for entry in found.entries)
-            again = Engine(model.network, max_slots=1).generate([prompt], params)[0]
-            same += again.logprobs == logprobs[number]
+        made, tracer = timed(lambda: Tracer(RunDir(run), Path(folder)))
+        opened, _ = timed(lambda: Tracer(RunDir(run), Path(folder)))
+    packed, root = tracer.packed, str(tracer.facts["root"])
+    long = np.flatnonzero(np.diff(packed.starts) >= 40)
+    for document in rng.choice(long, PLANTED):
+        begin = int(packed.starts[document]) + int(rng.integers(1, 20))
+        query = packed.ids[begin : begin + 18].tolist()
+        seconds, found = timed(lambda query=query: tracer.find(query, most=64))
+        took.append(seconds)
+        wanted = tracer.text(query)
+        missed += not any(overlap.text == wanted for overlap in found)
+        unproven += not all(proves(bytes.fromhex(o.leaf), o.proof, root) for o in found)
     return {
+        "documents": len(packed),
+        "tokens": len(packed.ids),
+        "index, bytes a token": tracer.tables.index.nbytes / len(packed.ids),
+        "tables made, s": made,
+        "tables opened again, s": opened,
+        "spans of 18 tokens": PLANTED,
+        "missed": missed,
+        "with a proof that does not hold": unproven,
+        "answer with up to 64 documents, median ms": median(took) * 1e3,
+        "answer with up to 64 documents, worst ms": max(took) * 1e3,
+    }
+
+
+def receipts(run: Path, runtime: Runtime, count: int) -> dict[str, Any]:
+    """Answers that a server gives under 32-fold load, whole and streamed, over its socket; each verified by its receipt
+    as a stranger would, on an engine that is alone, without drafts and with an empty cache."""
+    from glasklar.audit.findings import Findings
+    from glasklar.audit.receipt import check_answer
+    from glasklar.loading import load, open_folder
+    from glasklar.provenance.receipt import open_receipt
+    from glasklar.serve.live import LiveServer
+    from glasklar.serve.server import Site
+
+    with tempfile.TemporaryDirectory() as folder:
+        model, site = open_folder(run / "model", runtime), Site(home=Path(folder), port=0)
+        with LiveServer(run, site) as server, httpx.Client(base_url=server.url, timeout=300) as web:
+            server.release(model)
+            bodies = questions(run, model.name, count)
+            began = time.perf_counter()
+            with ThreadPoolExecutor(CONCURRENT) as pool:
+                replies = list(pool.map(lambda body: asked(web, body), bodies))
+            took = time.perf_counter() - began
+            alone = [asked(web, body) for body in bodies[: count // 4]]  # one by one: these are drafted for
+            counters = web.get("/engine").raise_for_status().json()["counters"]
+            seconds, envelopes = [], []
+            for reply, _ in [*replies, *alone]:
+                one, found = timed(lambda reply=reply: web.get(f"/v1/receipts/{reply}").raise_for_status().json())
+                seconds.append(one)
+                envelopes.append(found["receipt"])
+    whole, verified, tokens, failures = load(run / "model", runtime), 0, 0, []
+    for envelope in envelopes:
+        found, opened = Findings("answer", "receipt"), open_receipt(envelope, "answer")
+        check_answer(opened, whole, found)
+        good = all(entry.verdict == "holds" for entry in found.entries)
+        verified, tokens = verified + good, tokens + len(opened.ids)
+        failures += [] if good else [str(found)]
+    return {
+        "answers under load, at a time": CONCURRENT,
         "answers under load": count,
-        "tokens": sum(map(len, ids.values())),
-        "receipts refused": refused,
-        "verified to the bit": verified,
-        "log-probabilities that the batch had to the bit": same,
+        "answers one by one": len(alone),
+        "tokens": tokens,
+        "load, s": took,
+        "prompt tokens that the prefix cache had": sum(cached for _, cached in [*replies, *alone]),
+        "tokens drafted": counters.get("drafted"),
+        "of these right": counters.get("accepted"),
+        "receipts verified to the bit": verified,
+        "receipts that failed": failures[:3],
         "receipt, median ms": median(seconds) * 1e3,
     }
 
 
-PARTS = ("recording", "checking", "replay", "trace", "receipts")
+def questions(run: Path, model: str, count: int) -> list[dict[str, Any]]:
+    """Test problems of the run's tasks; about a third are asked again, so that prefixes are found in the cache."""
+    from glasklar.data.procedural import Mixture
+    from glasklar.provenance.rundir import RunDir
+    from glasklar.recipe import Recipe
+
+    mixture, draw = Mixture.of(Recipe.read(RunDir(run).recipe(), "recipe.json").tasks), random.Random(5)
+    bodies = []
+    for i in range(count):
+        question = mixture.draw("test", 99, i if draw.random() < 0.7 else i // 8)[1].question
+        body = {
+            "model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 80, "seed": i,
+            "temperature": draw.choice([0.0, 0.7, 1.0, 1.3]), "stream": i % 3 == 0,
+        }  # fmt: skip
+        special = [{}, {}, {"top_p": 0.9}, {"presence_penalty": 0.5}, {"response_format": {"type": "json_object"}}]
+        bodies.append({**body, **draw.choice(special)})
+    return bodies
+
+
+def asked(web: httpx.Client, body: dict[str, Any]) -> tuple[str, int]:
+    """Id of the reply, and how many tokens of the prompt the cache had."""
+    options = {"stream_options": {"include_usage": True}} if body["stream"] else {}
+    reply = web.post("/v1/chat/completions", json={**body, **options}).raise_for_status()
+    if body["stream"]:
+        chunks = [json.loads(line[6:]) for line in reply.text.split("\n\n") if line.startswith("data: {")]
+        return chunks[0]["id"], chunks[-1]["usage"]["prompt_cache_hit_tokens"]
+    return reply.json()["id"], reply.json()["usage"]["prompt_cache_hit_tokens"]
+
+
+def same(run: Path, shorten: int, kills: int) -> dict[str, Any]:
+    """The run's recipe, shortened, carried out anew in processes of their own: twice from nothing, once killed with -9
+    at random moments, once on one thread. All states of all stages compared; the data also with one and two workers."""
+    from glasklar.audit.verify_replays import checkpoint_events
+    from glasklar.corpus import prepare as prepare_corpus
+    from glasklar.provenance.ledger import read_ledger
+    from glasklar.recipe import load_recipe
+
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        path = home / "short.toml"
+        path.write_text(shortened((run / "recipe.toml").read_text(encoding="utf-8"), shorten), encoding="utf-8")
+
+        def command(name: str, *more: str) -> list[str]:
+            return [sys.executable, "-m", "glasklar.cli", "train", str(path), "--run", str(home / name), *more]
+
+        def carried_out(name: str, *more: str) -> dict[str, str]:
+            subprocess.run(command(name, *more), check=True, capture_output=True, env=environment)
+            events, _ = read_ledger(home / name / "ledger.jsonl")
+            return {key: data["state_hash"] for key, data in checkpoint_events(events).items()}
+
+        environment = {**os.environ, "GLASKLAR_HOME": folder}
+        took, first = timed(lambda: carried_out("first"))
+        second = carried_out("second")
+        draw, done, moments = random.Random(time.time_ns()), 0, []
+        while done < kills:
+            with subprocess.Popen(command("killed"), stdout=-3, stderr=-3, env=environment) as process:
+                time.sleep(draw.uniform(0.1, 1.0) * took / 2)
+                if process.poll() is None:
+                    process.kill()
+                    moments.append(_steps_of(home / "killed"))
+                    done += 1
+                else:
+                    shutil.rmtree(home / "killed")  # it came to its end; begin anew with the kills that are left
+        killed = carried_out("killed")
+        one = carried_out("one", "--threads", "1")
+        recipe = load_recipe(str(path))
+        facts = [prepare_corpus(recipe, home / f"data{n}", n).facts for n in (1, 2)]
+        equal = [name for name in first if first[name] == one.get(name)]
+    return {
+        "recipe": f"{recipe.name}, steps divided by {shorten}",
+        "training, s": took,
+        "states recorded, all stages": len(first),
+        "equal in a second process": sum(second.get(name) == state for name, state in first.items()),
+        "kills -9 after so many steps": moments,
+        "equal after the kills": sum(killed.get(name) == state for name, state in first.items()),
+        "data equal with 1 and 2 workers": facts[0] == facts[1],
+        "states equal on one thread": len(equal),
+    }
+
+
+def _steps_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b'"stage"') if path.exists() else 0
+
+
+def shortened(recipe: str, by: int) -> str:
+    """A recipe with fewer steps, documents and problems; shapes, stages and settings stay. RL always begins."""
+
+    def divided(match: re.Match[str]) -> str:
+        least = 2 if match[1].endswith("_every") else 8
+        return f"{match[1]} = {max(least, int(match[2]) // by)}"
+
+    names = "steps|checkpoint_every|evaluate_every|documents|demonstrations|problems|sampled_problems|watched_problems"
+    text = re.sub(rf"\b({names}) = (\d+)", divided, recipe)
+    return text.replace("accuracy = 0.8, margin = 0.1", "accuracy = 0.0, margin = 0.0")
+
+
+PARTS = ("recording", "checking", "replay", "trace", "receipts", "same")
 
 
 def main() -> None:
@@ -324,6 +447,8 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=300)
     parser.add_argument("--stretches", type=int, default=3)
     parser.add_argument("--receipts", type=int, default=200)
+    parser.add_argument("--shorten", type=int, default=25, help="divides the steps of what is trained for `same`")
+    parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     run, only = arguments.run, arguments.only
@@ -338,8 +463,11 @@ def main() -> None:
         result["replay"] = replaying(run, arguments.stretches)
     if "trace" in only:
         result["trace"] = tracing()
+        result["trace of the run"] = tracing_run(run)
     if "receipts" in only:
         result["receipts"] = receipts(run, runtime, arguments.receipts)
+    if "same" in only:
+        result["same bits"] = same(run, arguments.shorten, arguments.kills)
     if arguments.json:
         print(json.dumps(result))
         return

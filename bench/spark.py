@@ -71,13 +71,12 @@ def measure(recipe_name: str, seed: int, folder: Path, runtime: Runtime) -> dict
 
 def continue_for(seconds: float, name: str, recipe: Any, folder: Path, runtime: Runtime) -> dict[str, Any]:
     """Trains on from the end of SFT for so many seconds in another way; returns accuracy on the test problems."""
-    from glasklar.corpus import demonstration_tokens
+    from glasklar.corpus import EVALUATION_SEED, demonstration_tokens
     from glasklar.corpus import prepare as prepare_corpus
     from glasklar.data.batches import PackedDocuments, Packer
     from glasklar.data.procedural import Mixture
     from glasklar.engine.engine import Engine
     from glasklar.eval.tasks import evaluate_tasks, table
-    from glasklar.corpus import EVALUATION_SEED
     from glasklar.pipeline import state_after
     from glasklar.recipe import RLStage, SFTStage
     from glasklar.stages import LanguageRunner, PolicyRunner, Runner

@@ -254,3 +254,16 @@ def test_machine_that_a_verifier_should_not_become(
     path.write_text(json.dumps(resigned(home, facts, signed, engine=engine)))
     found = verify_receipt(path, home=home)
     assert [e.verdict for e in found.entries if e.subject == "answer"] == [verdict], found
+
+
+def test_answers_of_packed_weights_are_packed_again(
+    smoke_run: Path, home: Path, runtime: Runtime, facts: dict[str, Any], tmp_path: Path
+) -> None:
+    packed = load(smoke_run / "model", runtime, quantize="int8")
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=3)
+    [answer] = Engine(packed.network).generate([[1, 2, 3]], params)
+    engine = engine_identity({**runtime.describe(), **computed_by(packed.network)})
+    path = tmp_path / "answer.json"
+    path.write_text(json.dumps(receipt(home, {**facts, "engine": engine}, [1, 2, 3], params, answer)))
+    found = verify(path, home=home)
+    assert [e.verdict for e in found.entries if e.subject in ("answer", "end", "log-probabilities")] == ["holds"] * 3

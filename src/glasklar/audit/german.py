@@ -48,6 +48,9 @@ LABELS = {
     "most even layer": "gleichste Sch.",
     "median layer": "mittlere Sch.",
     "least even layer": "ungleichste Sch.",
+    "energy": "Energie",
+    "energy, Wh": "Energie, Wh",
+    "minutes of training": "Minuten des Trainings",
 }
 CAPTIONS = {
     "Right greedy answers on validation problems that training never saw, while reinforcement runs.": (
@@ -68,6 +71,9 @@ CAPTIONS = {
     "thin: every step, thick: smoothed.": (
         "Last des meistbeschäftigten Experten im Verhältnis zum Mittel, je Schicht mit Experten; 1 ist gleiche Last; "
         "dünn: jeder Schritt, dick: geglättet."
+    ),
+    "Energy of the training over its time, from one recorded state to the next; how it was found: see above.": (
+        "Energie des Trainings über seine Zeit, von Zustand zu Zustand; wie ermittelt: siehe oben."
     ),
 }
 _THOUSANDS = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?![\w,]|\.\d)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Literal
 
 from glasklar.audit.facts import RunFacts, running_steps, unique
@@ -26,7 +27,7 @@ class NamedPlot:
 @lru_cache(maxsize=2)  # report and pages in two languages show the same ones
 def plots(facts: RunFacts) -> tuple[NamedPlot, ...]:
     """All plots that the run has figures for."""
-    makers: list[Callable[[RunFacts], NamedPlot | None]] = [_accuracy, _length, _reward, _loss, _load]
+    makers: list[Callable[[RunFacts], NamedPlot | None]] = [_accuracy, _length, _reward, _loss, _load, _energy]
     return tuple(plot for make in makers if (plot := make(facts)))
 
 
@@ -143,6 +144,19 @@ def _load(facts: RunFacts) -> NamedPlot | None:
         most=_tail_high(values.values()),
     )
     return NamedPlot(about="training", svg=draw("load", caption, "million tokens", [panel]), caption=caption)
+
+
+def _energy(facts: RunFacts) -> NamedPlot | None:
+    """What the recorded segments add up to; those done twice after an interruption were paid for twice."""
+    segments = facts.of("checkpoint")
+    if len(segments) < 2:
+        return None
+    seconds = list(accumulate(segment["seconds"] for segment in segments))
+    joules = list(accumulate(segment["energy"]["joules"] for segment in segments))
+    line = Line(name="energy", x=[0.0, *(s / 60 for s in seconds)], y=[0.0, *(j / 3600 for j in joules)], markers=True)
+    caption = "Energy of the training over its time, from one recorded state to the next; how it was found: see above."
+    svg = draw("energy", caption, "minutes of training", [Panel(label="energy, Wh", lines=[line])])
+    return NamedPlot(about="training", svg=svg, caption=caption)
 
 
 def _layer_name(facts: RunFacts, place: int) -> str:

@@ -94,7 +94,7 @@ def _again(receipt: Receipt, folder: Path, found: Findings) -> None:
     except RecipeError as error:
         found.unchecked("answer", f"cannot be given again here: {error}")
         return
-    check_answer(receipt, load(folder, runtime), found)
+    check_answer(receipt, load(folder, runtime, quantize=receipt.engine["machine"].get("quantize")), found)
 
 
 def check_answer(receipt: Receipt, model: Model, found: Findings) -> None:

@@ -20,14 +20,19 @@ REPLAY_KIND = "urn:x-glasklar:replay:v1"
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """replayed: checkpoint's name -> fingerprints of the keys whose owners came to its state again."""
+    """replayed: checkpoint's name -> fingerprints of the keys whose owners came to its state again. machines: the
+    classes of machine on which they did."""
 
     checkpoints: list[str]
     replayed: dict[str, list[str]]
+    machines: list[str]
 
     def __str__(self) -> str:
         keys = {key for signers in self.replayed.values() for key in signers}
-        return f"{len(self.replayed)} of {len(self.checkpoints)} segments replayed to equal states, by {len(keys)} keys"
+        return (
+            f"{len(self.replayed)} of {len(self.checkpoints)} segments replayed to equal states, by {len(keys)} keys, "
+            f"on {'; '.join(self.machines)}"
+        )
 
 
 def read_replays(run: RunDir) -> list[Statement]:
@@ -52,6 +57,7 @@ def coverage(events: list[Event], statements: list[Statement]) -> Coverage:
     recorded = checkpoint_events(events)
     heads = {event.hash for event in events}
     replayed: dict[str, list[str]] = {}
+    machines = set()
     for statement in statements:
         for name, state in statement.subjects.items():
             if name not in recorded or recorded[name]["state_hash"] != state:
@@ -59,7 +65,9 @@ def coverage(events: list[Event], statements: list[Statement]) -> Coverage:
             replayed.setdefault(name, []).append(statement.signer)
         if statement.predicate["ledger_head"] not in heads:
             raise RecordError(f"a replay signed by {statement.signer[:16]}… is about another ledger")
-    return Coverage(checkpoints=list(recorded), replayed=replayed)
+        machine = statement.predicate["machine"]
+        machines.add(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    return Coverage(checkpoints=list(recorded), replayed=replayed, machines=sorted(machines))
 
 
 def checkpoint_events(events: list[Event]) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ def runs_native(model: Transformer | PackedModel) -> bool:
 def computed_by(network: Transformer | PackedModel) -> dict[str, str]:
     """What computes a network here, for the record: the ops of PyTorch's passes, and whose passes the engine runs."""
     if isinstance(network, PackedModel):
-        return {"ops": f"none, packed as {network.precision}", "passes": "C++"}
+        return {"ops": f"none, packed as {network.precision}", "passes": "C++", "quantize": network.precision}
     return {"ops": network.ops.name, "passes": "C++" if runs_native(network) else "torch"}
 
 
