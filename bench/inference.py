@@ -41,7 +41,7 @@ import torch  # noqa: E402
 from random_model import Files  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from sides import Figure, Ours, Peer, open_llama  # noqa: E402
+from sides import Figure, Ours, Peer, PeerWeights, open_llama  # noqa: E402
 
 
 def decode(context: int, floor: float, goal: float) -> Figure:
@@ -189,9 +189,9 @@ def rows_of(
     scale = transformers_speeds(shape, layers) if arguments.transformers else {}
     tokens = max(f.rows * (f.context + f.tokens + 2 * rounds + 80) for f in figures)
     tokens = -(-tokens // 256) * 256
-    ours = Ours(files, tokens, THREADS)
+    weights, ours = PeerWeights(llama, files), Ours(files, tokens, THREADS)
     for rows in sorted({f.rows for f in figures}):
-        peers = {f"flash {flash}": Peer(llama, files, tokens, rows, flash, THREADS) for flash in (0, 1)}
+        peers = {f"flash {flash}": Peer(weights, tokens, rows, flash, THREADS) for flash in (0, 1)}
         for figure in (f for f in figures if f.rows == rows):
             mine, theirs, ratio, share = measure(ours, peers, figure, rounds)
             limit = share if figure.rows == 1 and shape != "spark" else None
@@ -202,6 +202,7 @@ def rows_of(
                 yield busy_row(ours, peers["flash 0"], row, figure, rounds)
         for peer in peers.values():
             peer.close()
+    weights.close()
 
 
 def show(rows: list[Row]) -> None:

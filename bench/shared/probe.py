@@ -16,7 +16,7 @@ THREADS = runtime.prepare()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from random_model import Files, config_of  # noqa: E402
-from sides import Figure, Ours, Peer, open_llama  # noqa: E402
+from sides import Figure, Ours, Peer, PeerWeights, open_llama  # noqa: E402
 
 FIRST = Figure("first token", rows=1, context=0, tokens=1, floor=0, goal=0)
 CACHE_TOKENS = 4096
@@ -30,7 +30,7 @@ def start(side: str, files: Files, peer: Path | None) -> dict[str, float]:
         ours.run(FIRST, 0)
         weights = ours.model.nbytes
     else:
-        Peer(llama, files, CACHE_TOKENS, 1, 0, THREADS).run(FIRST, 0)
+        Peer(PeerWeights(llama, files), CACHE_TOKENS, 1, 0, THREADS).run(FIRST, 0)
         weights = files.gguf.stat().st_size
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

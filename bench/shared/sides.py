@@ -96,14 +96,27 @@ class Ours:
         return int(2 * (self.bytes_per_token() - head) / per_value[kind])
 
 
-class Peer:
-    """llama.cpp through its C interface."""
+class PeerWeights:
+    """A model of llama.cpp: the weights that several contexts share."""
 
-    def __init__(self, llama: Any, files: Files, tokens: int, rows: int, flash: int, threads: int) -> None:
+    def __init__(self, llama: Any, files: Files) -> None:
         self.llama, self.config = llama, files.config
         settings = llama.llama_model_default_params()
         settings.n_gpu_layers = 0
         self.model = llama.llama_model_load_from_file(str(files.gguf).encode(), settings)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp could not load {files.gguf}")
+
+    def close(self) -> None:
+        self.llama.llama_model_free(self.model)
+
+
+class Peer:
+    """llama.cpp through its C interface: a context."""
+
+    def __init__(self, weights: PeerWeights, tokens: int, rows: int, flash: int, threads: int) -> None:
+        llama = self.llama = weights.llama
+        self.config, self.model = weights.config, weights.model
         context = llama.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = tokens, PASS_TOKENS, PASS_TOKENS
         context.n_seq_max, context.n_threads, context.n_threads_batch = rows, threads, threads
@@ -158,4 +171,3 @@ class Peer:
     def close(self) -> None:
         self.llama.llama_batch_free(self.batch)
         self.llama.llama_free(self.context)
-        self.llama.llama_model_free(self.model)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from glasklar.engine.cpu import library
 from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, Packer, pack
+from glasklar.errors import CheckpointError
 from glasklar.model.attention import document_mask
 from glasklar.model.config import ModelConfig
 from glasklar.model.transformer import Transformer
@@ -187,6 +188,49 @@ def test_products_of_odd_shapes(build: str, kind: str, rounding: float) -> None:
         assert (seen - weight).abs().max() <= rounding * weight.abs().max()
         exact = as_multiplied(x, kind)[:, :inputs].double() @ seen.double().T
         assert (y[:, :outputs] - exact).abs().max() <= 2e-6 * max(1.0, float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_the_same_bits_for_any_number_of_rows_in_every_build(kind: str) -> None:
+    torch.manual_seed(1)
+    weights = torch.randn(2, 160, 53).mT[:, :, ::2][..., :70]  # strided: [2, 53, 70]
+    x = torch.zeros(64, 96)
+    x[:, :70] = torch.randn(64, 70) * torch.logspace(-3, 3, 64)[:, None]
+
+    def product(build: str, rows: int) -> torch.Tensor:
+        compiled = library.load(build)
+        assert compiled is not None
+        packed = Packer(compiled, KINDS[kind], 1).matrix(weights)
+        y, some = torch.empty(rows, 64), x[:rows].clone()
+        compiled.glasklar_multiply(ctypes.byref(packed.struct()), 1, some.data_ptr(), rows, y.data_ptr())
+        return y[:, :53]
+
+    wanted = product(BUILDS[0], 64)
+    exact = x[:, :70].double() @ weights[1].double().T
+    assert (wanted - exact).abs().amax(1).div(exact.abs().amax(1)).max() < {"int4": 0.2, "int8": 0.02}.get(kind, 0.01)
+    for build in BUILDS:
+        for rows in range(1, 65):
+            assert torch.equal(product(build, rows), wanted[:rows]), (build, rows)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_where_rounding_would_hide_them(kind: str, bad: float) -> None:
+    model = network("mla")
+    model.layers[1].mlp.down_EDF[3, 5, 7] = bad
+    with pytest.raises(CheckpointError, match=r"\[72, 52\] holds values that are not finite"):
+        native(model, BUILDS[0], kind)
+
+
+def test_builds_for_lesser_cpus_are_chosen_where_features_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    for tier in (3, 2, 1, 0):
+        plain = type("Plain", (), {"glasklar_tier": staticmethod(lambda tier=tier: tier)})()
+        monkeypatch.setattr(library, "_open", lambda name, plain=plain: plain if name == "plain" else name)
+        library.load.cache_clear()
+        chosen.append(library.best() if tier else library.best() is plain)
+    library.load.cache_clear()
+    assert chosen == ["avx512", "vnni", "avx2", True]
 
 
 def test_tokens_are_drawn_from_the_logits() -> None:

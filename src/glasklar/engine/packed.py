@@ -144,6 +144,12 @@ class Packer:
         def pack(source: Tensor, copy: int, n: int, first: int) -> None:
             last, place = min(first + RUN, tiles), ((copy * parts + n) * tiles + first) * size
             source = source if source.stride(-1) == 1 else source.contiguous()
+            if kind >= INT8 and not bool(torch.isfinite(source).all()):
+                # Rounding would turn them into ordinary numbers.
+                raise CheckpointError(
+                    f"a weight matrix [{outputs}, {inputs}] holds values that are not finite: the model is damaged; "
+                    "fetch it again, or train it from an earlier checkpoint"
+                )
             narrow = source.dtype == torch.bfloat16
             source = source if narrow else source.float()
             self.library.glasklar_pack(

@@ -558,7 +558,7 @@ EXPORT uint64_t glasklar_digest(const uint8_t* data, int64_t size) {
     int64_t at = 0;
     for (; at + 64 <= size; at += 64) take(data + at);
     uint8_t rest[64] = {};
-    std::memcpy(rest, data + at, size - at);
+    if (at < size) std::memcpy(rest, data + at, size - at);
     take(rest);
     uint64_t digest = uint64_t(size);
     for (int i = 0; i < 8; ++i) {
