@@ -129,7 +129,7 @@ def serve(
     threads: Threads = None,
 ) -> None:
     """Serve a model: OpenAI-compatible API and a page."""
-    from glasklar.loading import find_model, open_folder
+    from glasklar.loading import find_model, open_folder, packed_under
     from glasklar.serve.server import Site
     from glasklar.serve.server import serve as run_server
 
@@ -147,7 +147,7 @@ def serve(
         limits=Limits(running=running, queued=queued, cache_tokens=cache_tokens),
     )
     runtime = _runtime(threads)
-    found = open_folder(find_model(model, _home()), runtime, dtype, quantize)
+    found = open_folder(find_model(model, _home()), runtime, dtype, quantize, packed_under(_home()))
     folder = found.folder.parent
     run = folder if (folder / "metrics.jsonl").is_file() else None
     run_server(found, site, run=run, tracing=_tracing(run, runtime))
@@ -488,11 +488,11 @@ def _tracing(run: Path | None, runtime: Runtime) -> Any:
 
 def _load(name: str, runtime: Runtime, dtype: str | None = None, quantize: str | None = None) -> Any:
     from glasklar.display import bytes_progress
-    from glasklar.loading import find_model, load
+    from glasklar.loading import find_model, load, packed_under
 
     folder = find_model(name, _home())
     with bytes_progress(err, f"loading {name}") as progress:
-        return load(folder, runtime, dtype, quantize=quantize, progress=progress)
+        return load(folder, runtime, dtype, quantize=quantize, cache=packed_under(_home()), progress=progress)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from glasklar.data.foreign import open_tokenizer
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.engine.native_runner import logits_of
 from glasklar.engine.packed import PackedModel, Quantisation, load_packed
+from glasklar.engine.packed_file import kept_packed
 from glasklar.errors import CheckpointError, RequestError
 from glasklar.hub import RECORD, folder_of, is_id
 from glasklar.model.attention import document_mask
@@ -35,6 +36,7 @@ class ModelFolder:
     tokenizer   None for a folder that has none: such a model speaks ids only
     runtime     what it is computed with, its precision included
     quantize    "int8" or "int4": its weights are packed for the engine while they are read
+    cache       where packed weights are kept for the next start, if anywhere
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class ModelFolder:
     tokenizer: Tokenizer | None
     runtime: Runtime
     quantize: str | None = None
+    cache: Path | None = None
 
     @property
     def name(self) -> str:
@@ -133,28 +136,36 @@ def load(
     dtype: str | None = None,
     *,
     quantize: str | None = None,
+    cache: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Model:
     """Loads network and tokenizer of a Hugging Face folder, piece by piece.
 
     dtype      "float32" or "bfloat16" (else the runtime's)
     quantize   "int8" or "int4" instead; what is not packed (the embedding table) stays as it is stored
+    cache      where quantised weights are kept, so that the next start maps them into memory; None: nowhere
     progress   is told bytes read and bytes in all
     """
-    found = open_folder(folder, runtime, dtype, quantize)
+    found = open_folder(folder, runtime, dtype, quantize, cache)
     runtime = found.runtime
     network: Transformer | PackedModel
     if quantize is None:
         ops, device = select(runtime), runtime.device
         network = load_model(found.folder, dtype=runtime.dtype, ops=ops, device=device, progress=progress)
         network.requires_grad_(False)
-    else:
+    elif cache is None:
         network = load_packed(found.folder, quantize, threads=runtime.threads, progress=progress)
+    else:
+        network = kept_packed(found.folder, quantize, cache=cache, threads=runtime.threads, progress=progress)
     return Model(**vars(found) | {"network": network, "config": network.config})
 
 
 def open_folder(
-    folder: Path | str, runtime: Runtime, dtype: str | None = None, quantize: str | None = None
+    folder: Path | str,
+    runtime: Runtime,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    cache: Path | None = None,
 ) -> ModelFolder:
     """What `load` loads, but for the weights."""
     folder = Path(folder)
@@ -169,4 +180,11 @@ def open_folder(
             raise CheckpointError(f"quantize = {quantize!r} goes without dtype, and on the CPU; leave one of them out")
     config = read_config(folder)
     tokenizer = open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    return ModelFolder(folder=folder, config=config, tokenizer=tokenizer, runtime=runtime, quantize=quantize)
+    return ModelFolder(
+        folder=folder, config=config, tokenizer=tokenizer, runtime=runtime, quantize=quantize, cache=cache
+    )
+
+
+def packed_under(home: Path) -> Path:
+    """Where quantised weights are kept."""
+    return home / "cache" / "packed"

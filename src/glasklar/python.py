@@ -10,7 +10,7 @@ from glasklar import api
 from glasklar.audit.findings import Findings
 from glasklar.audit.verify import locate
 from glasklar.audit.verify import verify as check
-from glasklar.loading import Model, find_model
+from glasklar.loading import Model, find_model, packed_under
 from glasklar.loading import load as load_folder
 from glasklar.model.plan import Plan
 from glasklar.provenance.rundir import home
@@ -24,8 +24,9 @@ def runtime(threads: int | None = None) -> Runtime:
 
 def load(model: str | Path, *, dtype: str | None = None, quantize: str | None = None) -> Model:
     """A model by run folder, Hugging Face folder, hub id or name; `dtype` "float32" or "bfloat16" (default); `quantize`
-    "int8" or "int4": see `loading.load`."""
-    return load_folder(find_model(str(model), home(os.environ)), runtime(), dtype, quantize=quantize)
+    "int8" or "int4", packed once and kept in the user's data folder: see `loading.load`."""
+    folder = home(os.environ)
+    return load_folder(find_model(str(model), folder), runtime(), dtype, quantize=quantize, cache=packed_under(folder))
 
 
 def train(recipe: str, *, run: str | Path | None = None, seed: int | None = None) -> Path:

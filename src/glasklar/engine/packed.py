@@ -144,20 +144,24 @@ class Packer:
         def pack(source: Tensor, copy: int, n: int, first: int) -> None:
             last, place = min(first + RUN, tiles), ((copy * parts + n) * tiles + first) * size
             source = source if source.stride(-1) == 1 else source.contiguous()
-            if kind >= INT8 and not bool(torch.isfinite(source).all()):
-                # Rounding would turn them into ordinary numbers.
-                raise CheckpointError(
-                    f"a weight matrix [{outputs}, {inputs}] holds values that are not finite: the model is damaged; "
-                    "fetch it again, or train it from an earlier checkpoint"
-                )
             narrow = source.dtype == torch.bfloat16
             source = source if narrow else source.float()
             self.library.glasklar_pack(
                 kind, narrow, source.data_ptr(), source.stride(0), part, inputs, first, last, data.data_ptr() + place
             )
 
-        def pack_copy(copy: int) -> None:
+        def entry(copy: int) -> Tensor:
             source = weights[copy]
+            if kind >= INT8 and not bool(torch.isfinite(source).all()):
+                # Rounding would turn them into ordinary numbers.
+                raise CheckpointError(
+                    f"a weight matrix [{outputs}, {inputs}] holds values that are not finite: the model is damaged; "
+                    "fetch it again, or train it from an earlier checkpoint"
+                )
+            return source
+
+        def pack_copy(copy: int) -> None:
+            source = entry(copy)
             for n in range(parts):
                 for first in range(0, tiles, RUN):
                     pack(rows(source, n), copy, n, first)
@@ -165,7 +169,7 @@ class Packer:
         if copies > 1:
             self._all(pack_copy, range(copies))
         else:
-            source = weights[0]
+            source = entry(0)
             jobs = [(n, first) for n in range(parts) for first in range(0, tiles, RUN)]
             self._all(lambda job: pack(rows(source, job[0]), 0, *job), jobs)
         if bias is not None:
@@ -325,6 +329,17 @@ def pack(
     )  # fmt: skip
 
 
+def packer_of(precision: str, threads: int) -> Packer:
+    """With the fastest build; `precision` is a name in KINDS. Raises CapacityError where none is compiled."""
+    compiled = library.best()
+    if compiled is None:
+        raise CapacityError(
+            f"weights as {precision} need the compiled pass, which this installation lacks: install glasklar again "
+            "where a C++ compiler is present, or load the model as float32 or bfloat16"
+        )
+    return Packer(compiled, KINDS[precision], threads)
+
+
 def load_packed(
     folder: Path,
     precision: str,
@@ -340,14 +355,9 @@ def load_packed(
 
     Raises CheckpointError as `open_checkpoint`; CapacityError where the C++ pass is not compiled.
     """
-    opened, compiled = open_checkpoint(folder), library.best()
-    if compiled is None:
-        raise CapacityError(
-            f"weights as {precision} need the compiled pass, which this installation lacks: install glasklar again "
-            "where a C++ compiler is present, or load the model as float32 or bfloat16"
-        )
+    opened = open_checkpoint(folder)
     source = Source(opened, progress)
-    packed = pack(opened.config, source, Packer(compiled, KINDS[precision], threads), draft=True)
+    packed = pack(opened.config, source, packer_of(precision, threads), draft=True)
     opened.check_copies()
     progress(opened.nbytes, opened.nbytes)
     return packed

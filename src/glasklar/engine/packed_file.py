@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from glasklar.engine.packed import KINDS, Get, PackedDraft, PackedLayer, PackedMatrix, PackedModel, Packer, Quantisation
+from glasklar.engine.packed import Get, PackedDraft, PackedLayer, PackedMatrix, PackedModel, Packer, packer_of
 from glasklar.engine.packed import vector as as_vector
 from glasklar.errors import CheckpointError
 from glasklar.model.checkpoint import Source, open_checkpoint
@@ -48,40 +48,39 @@ class Damaged(Exception):
     """A packed file that is not what it says."""
 
 
-def packed_model(
+def kept_packed(
     folder: Path,
-    quantise: Quantisation,
+    precision: str,
     *,
     cache: Path,
-    library: ctypes.CDLL,
     threads: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PackedModel:
-    """The packed weights of a Hugging Face folder, from `cache` if they were made before, else made and kept there.
+    """As `load_packed`, but from `cache` if the same weights were packed before, else packed and kept there.
 
-    Making them needs the memory of the largest layer. Raises CheckpointError where the folder holds no sound model, and
-    CapacityError where the disk is full.
+    Packing needs the memory of the largest layer. Errors as there, and CapacityError where the disk is full.
     """
-    opened = open_checkpoint(folder)
-    config, get = opened.config, Source(opened)
-    key = key_of(folder, quantise)
+    opened, packer = open_checkpoint(folder), packer_of(precision, threads)
+    key = key_of(folder, precision)
     path = cache / f"{key}.safetensors"
     if path.exists():
         try:
-            return open_file(path, key, config, library, threads)
+            return open_file(path, key, opened.config, packer.library, threads)
         except Damaged as problem:
             log.warning("%s: %s; the packed weights are made again", path, problem)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    write_file(path, key, config, get, Packer(library, KINDS[quantise], threads), progress)
-    return open_file(path, key, config, library, threads)
+    opened.check_copies()
+    write_file(path, key, opened.config, Source(opened, progress), packer)
+    progress(opened.nbytes, opened.nbytes)
+    return open_file(path, key, opened.config, packer.library, threads)
 
 
-def key_of(folder: Path, quantise: Quantisation) -> str:
+def key_of(folder: Path, precision: str) -> str:
     """SHA-256 of what packed weights depend on: this version, the bits, the configuration, and of each weights file its
     name, size, time of change, header and samples from one end to the other. Reading all of a large model to know it
     would cost what the packed file saves."""
-    entries: list[Any] = [VERSION, quantise, sha256_hex((folder / "config.json").read_bytes())]
+    entries: list[Any] = [VERSION, precision, sha256_hex((folder / "config.json").read_bytes())]
     for path in sorted(folder.glob("*.safetensors")):
         status = path.stat()
         with path.open("rb") as file:
@@ -136,14 +135,7 @@ class _Writer:
         self.file.write(room.to_bytes(8, "little") + header.ljust(room))
 
 
-def write_file(
-    path: Path,
-    key: str,
-    config: ModelConfig,
-    get: Get,
-    packer: Packer,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
+def write_file(path: Path, key: str, config: ModelConfig, get: Get, packer: Packer) -> None:
     """Packs layer by layer into a file, which appears as a whole."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     layers: list[dict[str, Any]] = []
@@ -156,8 +148,6 @@ def write_file(
                 layers.append(_layout_of(layer))
                 for name, tensor in layer.tensors(f"layers.{i}."):
                     writer.add(name, tensor)
-                if progress is not None:
-                    progress(i + 1, config.num_hidden_layers)
             layout: dict[str, Any] = {"layers": layers, "precision": packer.precision}
             embedding = get("embed_tokens.weight")
             head = packer.matrix(embedding if config.tie_word_embeddings else get("lm_head.weight"), packer.fine)

@@ -32,6 +32,7 @@ class Start:
     max_slots: int
     max_tokens: int
     quantize: str | None = None
+    cache: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -360,6 +360,7 @@ def _start(model: ModelFolder, limits: Limits) -> Start:
         max_slots=limits.running,
         max_tokens=limits.cache_tokens,
         quantize=model.quantize,
+        cache=None if model.cache is None else str(model.cache),
     )
 
 

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glasklar.engine.guide import Guide
@@ -213,7 +214,8 @@ def open_model(message: Start) -> tuple[Model, Engine]:
     from glasklar.engine.engine import Engine
     from glasklar.loading import load
 
-    model = load(message.folder, runtime, quantize=message.quantize)
+    cache = None if message.cache is None else Path(message.cache)
+    model = load(message.folder, runtime, quantize=message.quantize, cache=cache)
     return model, Engine(model.network, max_slots=message.max_slots, max_tokens=message.max_tokens)
 
 
