@@ -190,6 +190,7 @@ def rows_of(
     tokens = max(f.rows * (f.context + f.tokens + 2 * rounds + 80) for f in figures)
     tokens = -(-tokens // 256) * 256
     weights, ours = PeerWeights(llama, files), Ours(files, tokens, THREADS)
+    ours.fill()
     for rows in sorted({f.rows for f in figures}):
         peers = {f"flash {flash}": Peer(weights, tokens, rows, flash, THREADS) for flash in (0, 1)}
         for figure in (f for f in figures if f.rows == rows):
@@ -225,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", help="rows whose shape contains this")
     parser.add_argument("--bits", choices=["int4", "int8", "bfloat16"])
-    parser.add_argument("--figure", help="rows whose figure contains this")
+    parser.add_argument("--figure", help="rows whose figure contains this, or one of these: a,b")
     parser.add_argument("--layers", type=int, help="take only so many layers of large shapes")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--peer", type=Path, help="folder that llama-cpp-python was installed into")
@@ -233,6 +234,10 @@ def main() -> None:
     parser.add_argument("--transformers", action="store_true", help="with the speed of transformers, for scale")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+
+    def wanted(name: str) -> bool:
+        return any(part in name for part in (arguments.figure or "").split(","))
+
     llama = open_llama(arguments.peer)
     runtime.start(THREADS)
     silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
@@ -244,7 +249,7 @@ def main() -> None:
             if (arguments.shape or "") not in shape or arguments.bits not in (None, bits):
                 continue
             folder = arguments.keep or Path(temporary)
-            for row in rows_of(llama, shape, bits, lambda name: (arguments.figure or "") in name, arguments, folder):
+            for row in rows_of(llama, shape, bits, wanted, arguments, folder):
                 rows.append(row)
                 print(
                     json.dumps(asdict(row)) if arguments.json else row,

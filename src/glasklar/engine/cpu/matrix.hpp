@@ -215,14 +215,15 @@ struct Products {
     // Even and odd steps apart: two chains of sums hide the latency when there are few rows.
     void floats(const uint8_t* tile, int groups, const Rows& a, const int64_t* rows) {
         Floats odd[M] = {};
-        for (int m = 0; m < M; ++m) total[m] = Floats{};
+        const float* from[M];
+        for (int m = 0; m < M; ++m) total[m] = Floats{}, from[m] = a.wide + rows[m] * a.width;
         const float* w = reinterpret_cast<const float*>(tile);
         for (int k = 0; k < groups * GROUP; k += 2, w += 2 * TILE) {
             Floats w0 = load(w), w1 = load(w + TILE);
             __builtin_prefetch(w + AHEAD / 4), __builtin_prefetch(w + AHEAD / 4 + TILE);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
-                const float* x = a.wide + rows[m] * a.width + k;
+                const float* x = from[m] + k;
                 total[m] = fma(w0, spread(x[0]), total[m]);
                 odd[m] = fma(w1, spread(x[1]), odd[m]);
             }
@@ -232,13 +233,14 @@ struct Products {
 
     void halves(const uint8_t* tile, int groups, const Rows& a, const int64_t* rows) {
         Floats odd[M] = {};
-        for (int m = 0; m < M; ++m) total[m] = Floats{};
+        const Narrow* from[M];
+        for (int m = 0; m < M; ++m) total[m] = Floats{}, from[m] = a.narrow + rows[m] * a.width;
         for (int k = 0; k < groups * GROUP; k += 4, tile += 128) {
             const Pairs w0 = pairs(load_as<Words>(tile)), w1 = pairs(load_as<Words>(tile + 64));
             __builtin_prefetch(tile + AHEAD), __builtin_prefetch(tile + AHEAD + 64);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
-                const Narrow* x = a.narrow + rows[m] * a.width + k;
+                const Narrow* x = from[m] + k;
                 total[m] = dot_pairs(total[m], w0, spread_pair(x));
                 odd[m] = dot_pairs(odd[m], w1, spread_pair(x + 2));
             }

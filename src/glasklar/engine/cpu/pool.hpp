@@ -34,7 +34,9 @@ inline void wait_until(Ready ready, Sleep sleep) {
         if (ready()) return;
         relax();
     }
-    for (int i = 0; i < 100; ++i) {
+    // A few times only: beside a busy process each may cost a slice of its time, and a core that sleeps can be given to the
+    // thread that is waited for.
+    for (int i = 0; i < 8; ++i) {
         if (ready()) return;
         std::this_thread::yield();
     }
