@@ -7,7 +7,7 @@ import { number, precise, share, tenths, words } from './i18n.js';
 
 const SHORTEST = 15; // tokens that a trace needs
 const STEPS = { ArrowLeft: -1, ArrowRight: 1 };
-const CELL = 10, MOST_WIDTH = 640;
+const SHOWN = 8, CELL = 10, MOST_WIDTH = 640;
 
 export class Inside {
   constructor() {
@@ -66,8 +66,8 @@ export class Inside {
   }
 
   alternatives(token) {
-    const known = token.alternatives.some(([text]) => text === token.text);
-    const entries = known ? token.alternatives : [...token.alternatives, [token.text, token.logprob]];
+    const known = token.alternatives.slice(0, SHOWN).some(([text]) => text === token.text);
+    const entries = known ? token.alternatives.slice(0, SHOWN) : [...token.alternatives.slice(0, SHOWN - 1), [token.text, token.logprob]];
     const rows = entries.map(([text, logprob]) => {
       const bar = make('span'), probability = Math.exp(logprob), taken = text === token.text;
       bar.style.width = `${Math.max(0.8, 100 * probability)}%`;
