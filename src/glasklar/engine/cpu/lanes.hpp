@@ -98,6 +98,32 @@ inline float sum(Floats v) {
         for (int i = 0; i < half; ++i) s[i] += s[i + half];
     return s[0];
 }
+// The sums of 16 vectors at once, each with the bits of `sum`.
+inline Floats sums(const Floats* v) {
+#define HALVES(a, b, low, high) (__builtin_shufflevector(a, b, low) + __builtin_shufflevector(a, b, high))
+#define LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define LOW4 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define HIGH4 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+#define LOW2 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29
+#define HIGH2 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31
+#define LOW1 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define HIGH1 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+    Floats a[8], b[4], c[2];
+    for (int i = 0; i < 8; ++i) a[i] = HALVES(v[2 * i], v[2 * i + 1], LOW8, HIGH8);
+    for (int i = 0; i < 4; ++i) b[i] = HALVES(a[2 * i], a[2 * i + 1], LOW4, HIGH4);
+    for (int i = 0; i < 2; ++i) c[i] = HALVES(b[2 * i], b[2 * i + 1], LOW2, HIGH2);
+    return HALVES(c[0], c[1], LOW1, HIGH1);
+#undef HALVES
+#undef LOW8
+#undef HIGH8
+#undef LOW4
+#undef HIGH4
+#undef LOW2
+#undef HIGH2
+#undef LOW1
+#undef HIGH1
+}
 inline Floats larger(Floats a, Floats b) { return a < b ? b : a; }
 inline Floats smaller(Floats a, Floats b) { return b < a ? b : a; }
 inline Floats magnitude(Floats v) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(v) & 0x7fffffffu); }

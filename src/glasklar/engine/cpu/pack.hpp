@@ -57,18 +57,23 @@ inline Quantised quantise4(const float* x) {
     const Floats mean = spread(square / GROUP), a = load(x), b = load(x + LANES);
     const Floats wa = a * a + mean, wb = b * b + mean;
     const float magic = 12582912.0f;  // adding 1.5 * 2^23 rounds
-    float best = -1, scale = 0;
-    for (int step = -7; step <= 7; ++step) {
-        float inverse = -(8 + 0.125f * step) / extreme;
+    constexpr int STEPS = 15;
+    Floats cross[LANES] = {}, own[LANES] = {};
+    for (int step = 0; step < STEPS; ++step) {
+        const float inverse = -(8 + 0.125f * (step - 7)) / extreme;
         auto rounded = [&](Floats v) {
             Floats q = v * inverse + magic - magic;
             q = q < -8.0f ? spread(-8) : q;
             return q > 7.0f ? spread(7) : q;
         };
         Floats qa = rounded(a), qb = rounded(b);
-        float cross = sum(wa * a * qa + wb * b * qb), own = sum(wa * qa * qa + wb * qb * qb);
-        if (own > 0 && cross * cross > best * own) best = cross * cross / own, scale = cross / own;
+        cross[step] = wa * a * qa + wb * b * qb, own[step] = wa * qa * qa + wb * qb * qb;
     }
+    const Floats crosses = sums(cross), owns = sums(own);
+    float best = -1, scale = 0;
+    for (int step = 0; step < STEPS; ++step)
+        if (owns[step] > 0 && crosses[step] * crosses[step] > best * owns[step])
+            best = crosses[step] * crosses[step] / owns[step], scale = crosses[step] / owns[step];
     out.scale = to_half(scale);
     scale = from_half(out.scale);
     round_to(x, scale != 0 ? 1 / scale : 0, -8, 7, out.values);
