@@ -53,7 +53,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "big"
 
 
-@pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", "-"), ("float32", "-"), ("-", "int8"), ("-", "int4")])
+@pytest.mark.parametrize(
+    ("dtype", "quantize"),
+    [
+        ("bfloat16", "-"), ("-", "int4"),
+        pytest.param("float32", "-", marks=pytest.mark.slow), pytest.param("-", "int8", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_loading_takes_little_more_than_the_model(folder: Path, dtype: str, quantize: str) -> None:
     """At most the largest tensor (in the type in which it is packed) and 60 MB; a mapped file alone would be 250 MB."""
     command = [sys.executable, "-c", PROGRAM, str(folder), dtype, quantize]
