@@ -55,6 +55,21 @@ def test_log_likelihoods_in_batches_against_one_at_a_time(lm) -> None:
         assert (logprob, greedy) == (pytest.approx(expected, abs=1e-4), first)
 
 
+def test_quantised_models_are_scored_by_the_same_pass_that_answers(lm) -> None:
+    from glasklar.engine.cpu import library
+    from glasklar.eval.lm_eval import GlasklarLM
+
+    if library.best() is None:
+        pytest.skip("the C++ pass is not compiled")
+    small = GlasklarLM(str(lm.model.folder), quantize="int8", batch_size=2)
+    pairs = [("What is", " 3 + 4?"), ("It", " is 7"), ("", "größer")]
+    found = small.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+    close = lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+    for (logprob, _), (exact, _) in zip(found, close, strict=True):
+        assert logprob != exact
+        assert logprob == pytest.approx(exact, rel=0.05)
+
+
 def test_greedy_continuations_are_called_greedy(lm) -> None:
     from glasklar.engine.engine import Engine
     from glasklar.engine.request import SamplingParams
@@ -122,3 +137,47 @@ def test_lm_eval_itself_runs_a_task_over_it(lm, tmp_path: Path) -> None:
         scores = [alone(lm, [0, *lm.words.encode(line["q"])], lm.words.encode(f" {a}"))[0] for a in line["a"]]
         right += scores.index(max(scores)) == line["gold"]
     assert result["results"]["tiny"]["acc,none"] == right / 2
+
+
+def test_lm_eval_itself_runs_a_task_over_the_api(smoke_run: Path, runtime, site, tmp_path: Path) -> None:
+    """`--model local-chat-completions`, as the module's own text says: its answers are the engine's."""
+    import json
+
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from glasklar.data.chat import Message, parse, render
+    from glasklar.engine.engine import Engine
+    from glasklar.engine.request import SamplingParams
+    from glasklar.loading import load
+    from glasklar.serve.live import LiveServer
+
+    model = load(smoke_run / "model", runtime)
+    questions = ["What is 3+4?", "hello"]
+    prompts = [render(model.tokenizer, [Message(role="user", content=text)], None) for text in questions]
+    settings = SamplingParams(max_tokens=12, temperature=0.0, stop_ids=model.tokenizer.stop_ids)
+    wanted = [
+        parse(model.tokenizer, answer.ids, None).content for answer in Engine(model.network).generate(prompts, settings)
+    ]
+    lines = [{"q": question, "a": answer} for question, answer in zip(questions, wanted, strict=True)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "said.yaml").write_text(
+        f"task: said\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
+        f"  cache_dir: {tmp_path / 'cache'}\noutput_type: generate_until\ntest_split: test\ndoc_to_text: '{{{{q}}}}'\n"
+        "doc_to_target: '{{a}}'\ngeneration_kwargs:\n  max_gen_toks: 12\n  until: ['@@']\n"
+        "metric_list:\n  - metric: exact_match\n"
+    )
+    with LiveServer(smoke_run, site) as live:
+        live.release(model)
+        result = simple_evaluate(
+            "local-chat-completions",
+            model_args={"model": model.name, "base_url": f"{live.url}/v1/chat/completions"},
+            tasks=["said"],
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+            apply_chat_template=True,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    said = {sample["doc"]["q"]: sample["resps"][0][0] for sample in result["samples"]["said"]}
+    assert said == dict(zip(questions, wanted, strict=True))
+    assert result["results"]["said"]["exact_match,none"] == 1

@@ -2,8 +2,14 @@
 
     python -m glasklar.eval.lm_eval --model glasklar --model_args model=runs/spark --tasks hellaswag
 
-takes lm-eval's own options; `model` is what every verb takes. Over the API, lm-eval needs nothing from here:
-`--model local-chat-completions` with `base_url=http://127.0.0.1:8421/v1/chat/completions`.
+takes lm-eval's own options; `model` is what every verb takes, and `dtype=` and `quantize=` go beside it. Over the API,
+lm-eval needs nothing from here:
+
+    lm_eval --model local-chat-completions --apply_chat_template --tasks gsm8k \\
+        --model_args model=spark,base_url=http://127.0.0.1:8421/v1/chat/completions
+
+That way takes tasks that are answered in words. Those that compare the log-probabilities of given answers need them of
+the prompt's own tokens, which the server does not give: they run in this process.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from glasklar.data.tokenizer import Decoder, Tokenizer
 from glasklar.engine.engine import Engine
+from glasklar.engine.packed import PackedModel
 from glasklar.engine.request import SamplingParams
 from glasklar.errors import CheckpointError, RequestError
 from glasklar.loading import Model, find_model, load
@@ -38,7 +45,7 @@ Scored = tuple[tuple[str, str], list[int], list[int]]  # texts, ids of the conte
 class GlasklarLM(TemplateLM):
     """lm-eval's model interface.
 
-    model        a loaded model, or a run, folder, hub id or name
+    model        a loaded model, or a run, folder, hub id or name; `dtype`, `quantize`: how to load it
     batch_size   sequences scored at once
     max_length   most tokens of a sequence; default: the model's context
     """
@@ -48,6 +55,7 @@ class GlasklarLM(TemplateLM):
         model: Model | str,
         *,
         dtype: str | None = None,
+        quantize: str | None = None,
         batch_size: int | str = 8,
         max_length: int | str | None = None,
         threads: int | None = None,
@@ -60,7 +68,8 @@ class GlasklarLM(TemplateLM):
         if device not in (None, "cpu"):
             raise RequestError(f"device={device}: the runtime chooses the device; leave it out")
         if isinstance(model, str):
-            model = load(find_model(model, home(os.environ)), start(prepare(threads)), dtype)
+            folder = find_model(model, home(os.environ))
+            model = load(folder, start(prepare(threads)), dtype, quantize=quantize)
         if model.tokenizer is None:
             raise CheckpointError(f"{model.folder}: has no tokenizer.json; lm-eval asks in words")
         self.model = model
@@ -97,24 +106,31 @@ class GlasklarLM(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, requests: Sequence[Scored]) -> Iterator[tuple[float, bool]]:
-        network = self.model.transformer
         # The last token is only predicted; what does not fit into the context is cut off at the beginning.
         rows = [[*context, *rest][-(self.max_length + 1) :] for _, context, rest in requests]
+        counts = [min(len(rest), len(row) - 1) for row, (_, _, rest) in zip(rows, requests, strict=True)]
+        for row, count, logits_TW in zip(rows, counts, self._last_logits(rows, counts), strict=True):
+            wanted_T = torch.tensor(row[len(row) - count :], device=logits_TW.device)
+            logprob_TW = logits_TW.log_softmax(-1)
+            total = logprob_TW.gather(-1, wanted_T[:, None]).double().sum().item()
+            yield total, bool((logits_TW.argmax(-1) == wanted_T).all())
+
+    def _last_logits(self, rows: Sequence[list[int]], counts: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits [count, W] of the last `count` tokens of each row."""
+        if isinstance(self.model.network, PackedModel):
+            for row, count in zip(rows, counts, strict=True):
+                yield self.model.logits(row[:-1])[len(row) - 1 - count :]
+            return
+        network = self.model.network
         length = max(len(row) - 1 for row in rows)
         ids_BT = torch.zeros(len(rows), length, dtype=torch.long, device=network.head_WD.device)
         for i, row in enumerate(rows):
             ids_BT[i, : len(row) - 1] = torch.tensor(row[:-1])
         position_BT = torch.arange(length, device=ids_BT.device).expand_as(ids_BT)
-        hidden_BTD = network(
-            ids_BT, network.at(position_BT, document_mask(torch.zeros_like(ids_BT), network.dtype))
-        ).hidden_BTD
-        for i, (row, (_, _, rest)) in enumerate(zip(rows, requests, strict=True)):
-            wanted_T = torch.tensor(row[len(row) - min(len(rest), len(row) - 1) :], device=ids_BT.device)
-            end = len(row) - 1
-            logits_TW = network.logits(hidden_BTD[i, end - len(wanted_T) : end]).float()
-            logprob_TW = logits_TW.log_softmax(-1)
-            total = logprob_TW.gather(-1, wanted_T[:, None]).double().sum().item()
-            yield total, bool((logits_TW.argmax(-1) == wanted_T).all())
+        at = network.at(position_BT, document_mask(torch.zeros_like(ids_BT), network.dtype))
+        hidden_BTD = network(ids_BT, at).hidden_BTD
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            yield network.logits(hidden_BTD[i, len(row) - 1 - count : len(row) - 1]).float()
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p(text) of whole texts, in windows that do not overlap where they are longer than the context."""
