@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_models import CASES, random_model, save, tokenizer
+from safetensors.torch import load_file, save_file
 
 from glasklar.convert import gguf_metadata
 from glasklar.convert.export import convert
@@ -121,6 +122,47 @@ def test_folder_in_out_in_is_bit_equal_and_keeps_the_predicting_layer(folder: Pa
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
+
+
+GPT_OSS = {
+    **CASES["llama"], "attention_bias": True, "output_bias": True, "attention_sinks": True, "scoring_func": "softmax",
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "swiglu_limit": 7.0,
+}  # fmt: skip
+PUBLISHED = {
+    name: CASES[name]
+    for name in (V3, "deepseek2, V2", "llama", "llama, tied, wide heads", "qwen2", "qwen3", "qwen3moe")
+} | {"gpt_oss": GPT_OSS}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_folders_come_out_as_they_went_in(name: str, tmp_path: Path) -> None:
+    """bf16 in shards, gates too, embedding and head a second time where V3 has them: names, shapes, types and bits."""
+    model = save(tmp_path / "m", PUBLISHED[name], 2, files=False)
+    given = {key: tensor.bfloat16() for key, tensor in load_file(tmp_path / "m" / "model.safetensors").items()}
+    for key in given:
+        if key.endswith("e_score_correction_bias"):
+            given[key] = given[key].float()
+    if model.mtp:
+        beyond = f"model.layers.{model.config.num_hidden_layers}"
+        given[f"{beyond}.embed_tokens.weight"] = given["model.embed_tokens.weight"].clone()
+        given[f"{beyond}.shared_head.head.weight"] = given["lm_head.weight"].clone()
+    (tmp_path / "m" / "model.safetensors").unlink()
+    shards = {key: f"model-{number % 3}.safetensors" for number, key in enumerate(sorted(given))}
+    for shard in set(shards.values()):
+        save_file({key: given[key] for key in given if shards[key] == shard}, tmp_path / "m" / shard)
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    told: list[tuple[int, int]] = []
+    convert(
+        tmp_path / "m", tmp_path / "out", to="hf", dtype="bf16", name="m", progress=lambda *place: told.append(place)
+    )
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == given.keys()
+    for key, tensor in given.items():
+        assert (found[key].dtype, found[key].shape) == (tensor.dtype, tensor.shape), key
+        assert torch.equal(found[key], tensor), key
+    assert told[-1][0] == told[-1][1] == sum(tensor.nbytes for tensor in given.values())
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("m", "out")]
+    assert configs[0] | {"torch_dtype": "bfloat16"} == configs[1]
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])

@@ -24,6 +24,11 @@ MEMORY = 1 << 29  # bytes of address space
 MAX_OUTPUT = 1 << 22  # characters
 MAX_SOURCE = 1 << 20  # bytes; the longest published templates have some 20,000
 _HEADER = "tokenizer_config.json"
+# How the worker's accounts of a failure begin for which no message can be blamed.
+_MALICE = (
+    *("SecurityError", "OverflowError", "RecursionError", "MemoryError", "TemplateSyntaxError"),
+    *("it writes more", "it asks for more"),
+)
 
 
 def find_template(folder: Path) -> str | None:
@@ -68,8 +73,8 @@ class ChatTemplate:
     def render(self, **variables: Any) -> str:
         """The text for `messages`, `add_generation_prompt` and whatever else the template knows.
 
-        Raises RequestError where the template refuses the messages or fails, CheckpointError where it takes more than
-        `CPU_SECONDS`, `MEMORY` or `MAX_OUTPUT`: then do not use it.
+        Raises RequestError where the template refuses the messages or fails over them, CheckpointError where it is no
+        template, tries what none may, or takes more than `CPU_SECONDS`, `MEMORY` or `MAX_OUTPUT`: then do not use it.
         """
         with self._lock:
             try:
@@ -79,7 +84,11 @@ class ChatTemplate:
                 raise
         if "text" in reply:
             return str(reply["text"])
-        raise RequestError(f"the chat template of {self.origin} (sha256 {self.hash[:12]}) fails: {reply.get('error')}")
+        fault = str(reply.get("error"))
+        said = f"the chat template of {self.origin} (sha256 {self.hash[:12]}) fails: {fault}"
+        if fault.startswith(_MALICE):
+            raise CheckpointError(f"{said}; do not use it")
+        raise RequestError(said)
 
     def close(self) -> None:
         """Ends the process. Rendering again starts a new one."""

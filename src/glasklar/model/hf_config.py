@@ -75,7 +75,7 @@ FAMILIES = {
         architecture="Qwen2ForCausalLM",
         fields=_GROUPED,
         implied={"rope_interleave": False, "attention_bias": True},
-        only={},
+        only={"use_mrope": (False,)},
     ),
     # Llama with norms on queries and keys.
     "qwen3": Family(
