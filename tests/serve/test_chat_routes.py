@@ -186,3 +186,16 @@ def test_progress_in_the_middle(smoke_run: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").unlink()
     assert RunNews(tmp_path).progress()["seconds_left"] is None
     assert RunNews(tmp_path / "nowhere").progress()["stages"] == []
+
+
+def test_too_many_answers_at_once_are_asked_to_come_again(
+    web: httpx.Client, live: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glasklar.serve import jobs
+
+    monkeypatch.setattr(jobs, "MOST_AT_ONCE", 0)
+    before = web.get("/conversations").json()
+    reply = web.post("/conversations", json={"content": "x"})
+    assert reply.status_code == 429
+    assert reply.headers["retry-after"]
+    assert web.get("/conversations").json() == before

@@ -114,15 +114,30 @@ def test_limits_and_other_versions(store: Store, monkeypatch: pytest.MonkeyPatch
     name = store.create("a")
     asked(store, name, "x")
     monkeypatch.setattr(conversations, "MOST_MESSAGES", 2)
-    with pytest.raises(CapacityError, match="2 messages"):
+    with pytest.raises(RequestError, match="2 messages"):
         asked(store, name, "y")
     assert len(store.messages(name)) == 2
     monkeypatch.setattr(conversations, "MOST_CONVERSATIONS", 1)
-    with pytest.raises(CapacityError, match="delete some"):
+    with pytest.raises(RequestError, match="delete some"):
         store.create("b")
     store._db.execute("PRAGMA user_version = 99")
     with pytest.raises(CapacityError, match="99"):
         Store(store.path)
+
+
+def test_a_damaged_file_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "one.sqlite"
+    path.write_bytes(b"not a database at all" * 100)
+    with pytest.raises(CapacityError, match=r"one\.sqlite.*move"):
+        Store(path)
+
+
+def test_without_a_folder_they_end_with_the_server() -> None:
+    kept = Conversations()
+    kept.of("a").create("x")
+    folder = kept.of("a").path.parent
+    kept.close()
+    assert not folder.exists()
 
 
 def test_what_the_model_is_told() -> None:

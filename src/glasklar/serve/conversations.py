@@ -83,9 +83,10 @@ class Store:
         self._lock = threading.Lock()
         path.touch(mode=0o600)
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        # WAL: a reader never waits for the answer that is being saved. secure_delete: deleted is gone from the file.
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "secure_delete = ON"):
-            self._db.execute(f"PRAGMA {pragma}")
+        with self._errors():
+            # WAL: readers never wait for an answer that is being saved. secure_delete: deleted is gone from the file.
+            for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "secure_delete = ON"):
+                self._db.execute(f"PRAGMA {pragma}")
         self._db.create_function("folded", 1, lambda text: str(text).casefold(), deterministic=True)
         self._prepare()
 
@@ -104,7 +105,7 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._lock, self._errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -113,6 +114,15 @@ class Store:
                 raise
             self._db.execute("COMMIT")
 
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise CapacityError(
+                f"{self.path}: conversations cannot be kept ({error}); free the disk, or move a damaged file away"
+            ) from error
+
     def close(self) -> None:
         with self._lock:
             self._db.close()
@@ -120,11 +130,11 @@ class Store:
     # --- conversations --------------------------------------------------------------------------------------------
 
     def create(self, title: str) -> str:
-        """Id of a new conversation. Raises CapacityError where there are too many."""
+        """Id of a new conversation. Raises RequestError where there are too many."""
         name, now = secrets.token_hex(8), time.time()
         with self._transaction() as db:
             if db.execute("SELECT count(*) FROM conversation").fetchone()[0] >= MOST_CONVERSATIONS:
-                raise CapacityError(f"there are {MOST_CONVERSATIONS} conversations already; delete some")
+                raise RequestError(f"there are {MOST_CONVERSATIONS} conversations already; delete some")
             db.execute("INSERT INTO conversation VALUES (?, ?, ?, ?, NULL)", (name, shortened(title), now, now))
         return name
 
@@ -193,12 +203,13 @@ class Store:
         return found[::-1]
 
     def add(self, conversation: str, *entries: Entry) -> None:
-        """Adds messages, all or none; the last one is where the reader is. Raises NotFoundError, CapacityError."""
+        """Adds messages, all or none; the last one is where the reader is. Raises NotFoundError, and RequestError
+        for too many."""
         with self._transaction() as db:
             _head(db, conversation)
             count = db.execute("SELECT count(*) FROM message WHERE conversation = ?", (conversation,)).fetchone()[0]
             if count + len(entries) > MOST_MESSAGES:
-                raise CapacityError(f"this conversation has {count} messages; go on in a new one")
+                raise RequestError(f"this conversation has {count} messages; go on in a new one")
             for entry in entries:
                 if entry.parent is not None:
                     _entry(db, conversation, entry.parent)
@@ -223,8 +234,8 @@ class Conversations:
     """The stores of all owners in a folder, opened as they are asked for. Without a folder they last until `close`."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="glasklar-")
-        self.folder = folder or Path(self._temporary.name if self._temporary else "")
+        self.folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
 
@@ -232,10 +243,16 @@ class Conversations:
         """The store of an owner. Its file is named by a hash: an owner's name may hold anything."""
         with self._lock:
             if owner not in self._stores:
-                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 name = hashlib.sha256(owner.encode()).hexdigest()[:32]
-                self._stores[owner] = Store(self.folder / f"{name}.sqlite")
+                self._stores[owner] = Store(self._place() / f"{name}.sqlite")
             return self._stores[owner]
+
+    def _place(self) -> Path:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return self.folder
+        self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="glasklar-")
+        return Path(self._temporary.name)
 
     def close(self) -> None:
         with self._lock:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from glasklar.data.chat import Message, Splitter, begins
 from glasklar.engine.request import SamplingParams
-from glasklar.errors import CapacityError, GlasklarError, RequestError
+from glasklar.errors import BusyError, GlasklarError, RequestError
 from glasklar.provenance.energy import WATTS_PER_CORE
 from glasklar.serve.answer import Answer
 from glasklar.serve.conversations import Entry, Store
@@ -164,10 +164,10 @@ class Jobs:
         self, owner: str, store: Store, conversation: str, new: Sequence[Entry], service: ModelService, ask: AskSettings
     ) -> Job:
         """Adds messages to a conversation, the answer last, and begins to make it. Nothing is added where that cannot
-        begin: RequestError for a prompt that is too long, CapacityError for too many answers at once."""
+        begin: RequestError for a prompt that is too long, BusyError for too many answers at once."""
         running = sum(who == owner for who, _ in self._running)
         if running >= MOST_AT_ONCE:
-            raise CapacityError(f"{running} of your answers are being made already; stop one or wait for it")
+            raise BusyError(f"{running} of your answers are being made already; stop one or wait for it")
         *questions, entry = new
         earlier = store.branch(conversation, new[0].parent)
         prompt = service.prompt(messages([*earlier, *questions], ask, service.model.single_turn), ask.thinks)
