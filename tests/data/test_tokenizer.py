@@ -111,3 +111,12 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(CheckpointError, match="not a readable tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def test_random_bytes_as_they_come_are_those_of_the_whole(tokenizer: Tokenizer) -> None:
+    """Untrained models answer with bytes that are no characters, between such as are."""
+    for seed in range(100):
+        draw = random.Random(seed)
+        ids = [draw.randrange(len(SPECIAL), 310) for _ in range(60)]
+        decoder = Decoder(tokenizer)
+        assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 from collections.abc import Iterable, Sequence
@@ -168,9 +169,17 @@ class Decoder:
         """The text that `token` completes, "" while a character is unfinished."""
         self._pending.append(token)
         text = self._new()
-        if text.endswith("�") and len(self._pending) < 4:
+        if not text.endswith("�"):
+            return self._given(text)
+        if len(self._pending) < 4:
             return ""
-        return self._given(text)
+        # Bytes that are no character lie there, but the last ones may still become one.
+        kept = self._unfinished() if len(self._pending) < 16 else 0
+        last = self._pending[len(self._pending) - kept :]
+        del self._pending[len(self._pending) - kept :]
+        text = self._given(self._new())
+        self._pending = last
+        return text
 
     def flush(self) -> str:
         """What is still held back, as it is."""
@@ -180,6 +189,16 @@ class Decoder:
         """Text of the pending tokens, told from what stands before them: some tokenizers drop the first blank."""
         before = self._tokenizer.decode(self._before)
         return self._tokenizer.decode([*self._before, *self._pending])[len(before) :]
+
+    def _unfinished(self) -> int:
+        """How many of the last pending tokens to keep, so that what goes before them ends with a whole character."""
+        pieces = [self._tokenizer.token_bytes(token) for token in self._pending]
+        for count in range(len(pieces)):
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            decoder.decode(b"".join(pieces[: len(pieces) - count]))
+            if not decoder.getstate()[0]:
+                return count
+        return len(pieces)
 
     def _given(self, text: str) -> str:
         if self._pending:

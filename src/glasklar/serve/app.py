@@ -12,6 +12,7 @@ from glasklar.serve.metrics import Counted
 from glasklar.serve.refusals import add_error_handlers
 from glasklar.serve.routes_api import add_api_routes
 from glasklar.serve.routes_audit import add_audit_routes
+from glasklar.serve.routes_docs import add_docs_routes
 from glasklar.serve.routes_engine import add_engine_routes
 from glasklar.serve.routes_page import add_page_routes
 
@@ -26,4 +27,5 @@ def create_app(backend: Backend, door: Door | None = None) -> FastAPI:
     add_api_routes(app, backend)
     add_audit_routes(app, backend)
     add_engine_routes(app, backend)
+    add_docs_routes(app)
     return app
