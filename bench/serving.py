@@ -44,10 +44,10 @@ from glasklar.engine.request import SamplingParams  # noqa: E402
 from glasklar.loading import Model, find_model, load  # noqa: E402
 from glasklar.provenance.rundir import home  # noqa: E402
 
-CASES, MAX_TOKENS, TEMPERATURE = 96, 200, 1.0
+CASES, MAX_TOKENS, TEMPERATURE = 64, 128, 1.0
 RUNNING, QUEUED = 64, 64
 LEAVES = 1 / 8  # of the requests are left in the middle
-WARM_UP = 20.0  # seconds of load before what is held is noted
+WARM_UP = 15.0  # seconds of load before what is held is noted
 # What a process may hold more at the end than after the warm-up: its allocator keeps pages that lie scattered.
 SLACK = 24 << 20
 
