@@ -168,7 +168,8 @@ template <int M>
 struct Products {
     Floats total[M];
 
-    void quantised(const uint8_t* tile, bool four_bits, int groups, const Rows& a, const int64_t* rows) {
+    // `next`: what will be read after this tile.
+    void quantised(const uint8_t* tile, const uint8_t* next, bool four_bits, int groups, const Rows& a, const int64_t* rows) {
         const int8_t* bytes[M];
         const float* scales[M];
         const int32_t* sums[M];
@@ -178,19 +179,22 @@ struct Products {
             sums[m] = a.sums + rows[m] * a.groups();
         }
         for (int part = 0; part < PARTS; ++part) {
-            if (four_bits) each_group<INT4>(tile, part, groups, bytes, scales, sums);
-            else each_group<INT8>(tile, part, groups, bytes, scales, sums);
+            if (four_bits) each_group<INT4>(tile, next, part, groups, bytes, scales, sums);
+            else each_group<INT8>(tile, next, part, groups, bytes, scales, sums);
         }
     }
 
     template <int KIND>
-    void each_group(const uint8_t* tile, int part, int groups, const int8_t* const* bytes, const float* const* scales, const int32_t* const* sums) {
+    void each_group(const uint8_t* tile, const uint8_t* next, int part, int groups, const int8_t* const* bytes, const float* const* scales, const int32_t* const* sums) {
         constexpr int SIZE = KIND == INT4 ? 288 : 544;
         const int place = part * 4 * PART;
         PartFloats all[M] = {};
+        constexpr int EARLY = (AHEAD + SIZE - 1) / SIZE;  // groups
         for (int g = 0; g < groups; ++g, tile += SIZE) {
-            // The processor's own prefetching ends with each page; measured, some kilobytes ahead reach the rate of a plain read.
-            for (int i = 0; i < SIZE; i += 64) __builtin_prefetch(tile + AHEAD + i);
+            // The processor's own prefetching ends with each page and knows nothing of the next tile; measured, some kilobytes
+            // ahead reach the rate of a plain read.
+            const uint8_t* ahead = g + EARLY < groups ? tile + EARLY * SIZE : next + (g + EARLY - groups) * SIZE;
+            for (int i = 0; i < SIZE; i += 64) __builtin_prefetch(ahead + i);
             PartWords w[8];
             if constexpr (KIND == INT4) {
                 for (int i = 0; i < 4; ++i) {
@@ -251,9 +255,9 @@ struct Products {
 
 // Out of line: one copy of each product serves all callers.
 template <int M>
-__attribute__((noinline)) void multiply_rows(const Matrix& w, const uint8_t* tile, const Rows& a, const int64_t* rows, Floats* out) {
+__attribute__((noinline)) void multiply_rows(const Matrix& w, const uint8_t* tile, const uint8_t* next, const Rows& a, const int64_t* rows, Floats* out) {
     Products<M> p;
-    if (w.kind >= INT8) p.quantised(tile, w.kind == INT4, w.groups(), a, rows);
+    if (w.kind >= INT8) p.quantised(tile, next, w.kind == INT4, w.groups(), a, rows);
     else if (w.kind == BF16) p.halves(tile, w.groups(), a, rows);
     else p.floats(tile, w.groups(), a, rows);
     std::memcpy(out, p.total, sizeof p.total);
@@ -311,10 +315,12 @@ __attribute__((noinline)) void multiply_block(const uint8_t* tile, int64_t next,
 #endif
 
 // emit(i, j, outputs of tile t + j) for the activation rows rows[0..count) and `tiles` (one or two) tiles, bias added.
+// `after`: what will be read after them, if not what follows.
 template <class Emit>
-inline void multiply(const Matrix& w, int copy, int t, int tiles, const Rows& a, const int64_t* rows, int count, Emit emit) {
+inline void multiply(const Matrix& w, int copy, int t, int tiles, const Rows& a, const int64_t* rows, int count, Emit emit, const uint8_t* after = nullptr) {
     const uint8_t* tile = w.tile(copy, t);
     const int64_t next = tile_bytes(w.kind, w.inputs);
+    if (!after) after = tile + tiles * next;
     Floats bias[2] = {};
     if (w.bias)
         for (int i = 0; i < std::min(tiles * TILE, w.outputs - t * TILE); ++i) bias[i / TILE][i % TILE] = w.bias[int64_t(copy) * w.outputs + t * TILE + i];
@@ -334,14 +340,15 @@ inline void multiply(const Matrix& w, int copy, int t, int tiles, const Rows& a,
         const int left = count - i;
         Floats out[8];
         for (int j = 0; j < tiles; ++j) {
+            const uint8_t *here = tile + j * next, *then = j + 1 < tiles ? here + next : after;
 #if defined(__AVX512F__)
-            if (left >= 8 && w.kind < INT8) multiply_rows<8>(w, tile + j * next, a, rows + i, out), done = 8;
+            if (left >= 8 && w.kind < INT8) multiply_rows<8>(w, here, then, a, rows + i, out), done = 8;
             else
 #endif
-            if (left >= 4) multiply_rows<4>(w, tile + j * next, a, rows + i, out), done = 4;
-            else if (left == 3) multiply_rows<3>(w, tile + j * next, a, rows + i, out), done = 3;
-            else if (left == 2) multiply_rows<2>(w, tile + j * next, a, rows + i, out), done = 2;
-            else multiply_rows<1>(w, tile + j * next, a, rows + i, out), done = 1;
+            if (left >= 4) multiply_rows<4>(w, here, then, a, rows + i, out), done = 4;
+            else if (left == 3) multiply_rows<3>(w, here, then, a, rows + i, out), done = 3;
+            else if (left == 2) multiply_rows<2>(w, here, then, a, rows + i, out), done = 2;
+            else multiply_rows<1>(w, here, then, a, rows + i, out), done = 1;
             for (int m = 0; m < done; ++m) put(i + m, j, out[m]);
         }
     }

@@ -125,12 +125,12 @@ void Network::rotate(float* x, int position) const {
 }
 
 template <class Emit>
-void Network::tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit) {
+void Network::tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit, const uint8_t* after) {
     // Blocks of rows stay in the near cache while the tiles pass by.
     for (int row = 0; row < count; row += 64)
         for (int tile = first; tile < last; tile += 2)
             multiply(w, copy, tile, std::min(2, last - tile), in, row_list + row, std::min(64, count - row),
-                     [&](int i, int j, Floats v) { emit(row + i, (tile + j) * TILE, v); });
+                     [&](int i, int j, Floats v) { emit(row + i, (tile + j) * TILE, v); }, tile + 2 < last ? nullptr : after);
 }
 
 // Task number `task` of a matrix that meets the rows of all tokens.
@@ -373,7 +373,7 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
     });
     const int router_row = round_up(std::max(s.experts, 1), TILE);
     auto units = [](const Matrix& w) { return w.data ? w.tiles() / 4 : 0; };           // of 32 hidden values
-    auto run = [](const Matrix& w) { return std::max(1, run_length(w) / 4); };         // units a task
+    auto run = [](const Matrix& w) { return std::max(1, run_length(w) / 3); };         // units a task
     auto runs = [&](const Matrix& w) { return (units(w) + run(w) - 1) / run(w); };
     me.parallel([&] { return tasks(layer.router) + runs(layer.gate_up); }, [&](int i) {
         if (i < tasks(layer.router))
@@ -394,17 +394,19 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
     }
     const int64_t bytes = (layer.down.data ? tile_bytes(layer.down.kind, layer.down.inputs) : 0) +
                           (layer.router.data ? int64_t(s.active) * tile_bytes(layer.experts_down.kind, layer.experts_down.inputs) : 0);
-    const int all = padded_ / TILE, each = pass_.tokens >= 64 ? 4 : pass_.tokens > 4 ? 2 : int(std::max<int64_t>(1, (64 << 10) / bytes));
+    const int all = padded_ / TILE, each = pass_.tokens >= 64 ? 4 : pass_.tokens > 4 ? 2 : 2 * int(std::max<int64_t>(1, (32 << 10) / bytes));
     me.parallel([&] { return (all + each - 1) / each; }, [&](int i) {
         const int first = i * each, last = std::min(first + each, (s.width + TILE - 1) / TILE);
+        auto experts_tile = [&](size_t n) { return layer.router.data && n < busy_.size() ? layer.experts_down.tile(busy_[n], first) : nullptr; };
         if (layer.down.data)
-            tiles(layer.down, 0, first, last, hidden_in_.rows, every_.data(), pass_.tokens, [&](int t, int column, Floats v) { add_to(t, column, v); });
+            tiles(layer.down, 0, first, last, hidden_in_.rows, every_.data(), pass_.tokens, [&](int t, int column, Floats v) { add_to(t, column, v); },
+                  experts_tile(0));
         if (!layer.router.data) return;
-        for (int e : busy_) {  // ascending, so that a token's experts are added in a fixed order
-            const int start = expert_start_[e];
+        for (size_t n = 0; n < busy_.size(); ++n) {  // ascending, so that a token's experts are added in a fixed order
+            const int e = busy_[n], start = expert_start_[e];
             tiles(layer.experts_down, e, first, last, expert_in_.rows, &every_[start], expert_start_[e + 1] - start, [&](int r, int column, Floats v) {
                 add_to(int(expert_tokens_[start + r]), column, v * weights_[expert_slots_[start + r]]);
-            });
+            }, experts_tile(n + 1));
         }
     });
 }
@@ -417,9 +419,11 @@ void Network::hidden_task(const Matrix& w, int copy, int unit_first, int unit_la
     for (int row = 0; row < count; row += 64) {
         const int rows = std::min(64, count - row);
         for (int unit = unit_first; unit < unit_last; ++unit) {
-            for (int part = 0; part < 2; ++part)
+            for (int part = 0; part < 2; ++part) {
+                const int then = part ? std::min(unit + 1, unit_last - 1) : unit;
                 multiply(w, copy, part * up + 2 * unit, 2, in, row_list + row, rows,
-                         [&](int i, int j, Floats v) { store(products + (i * 4 + part * 2 + j) * TILE, v); });
+                         [&](int i, int j, Floats v) { store(products + (i * 4 + part * 2 + j) * TILE, v); }, w.tile(copy, (1 - part) * up + 2 * then));
+            }
             for (int i = 0; i < rows; ++i) {
                 float* p = products + i * 4 * TILE;
                 for (int half = 0; half < 2; ++half) store(p + half * TILE, gated(load(p + half * TILE), load(p + (2 + half) * TILE)));

@@ -144,7 +144,7 @@ class Network {
     void rotate(float* x, int position) const;
     // Products with all tiles [first, last) of a copy; rows are row_list[0..count) of `in`; emit(i, column, values).
     template <class Emit>
-    static void tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit);
+    static void tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit, const uint8_t* after = nullptr);
     template <class Emit>
     void dense(const Matrix& w, int task, const Rows& in, Emit emit);
     Floats gated(Floats gate, Floats up) const {
@@ -156,8 +156,9 @@ class Network {
     }
     void hidden_task(const Matrix& w, int copy, int unit_first, int unit_last, const Rows& in, const int64_t* row_list, int count,
                      const Rows& out, int64_t out_first, Scratch& scratch);
-    // Tiles of one task, which are multiplied two by two: enough to stream, few enough to share out evenly.
-    static int run_length(const Matrix& w) { return w.data ? std::max<int64_t>(1, (32 << 10) / tile_bytes(w.kind, w.inputs)) * 2 : 1; }
+    // Tiles of one task, which are multiplied two by two: enough to stream (a start costs as much as some kilobytes), few enough to
+    // share out evenly.
+    static int run_length(const Matrix& w) { return w.data ? std::max<int64_t>(1, (64 << 10) / tile_bytes(w.kind, w.inputs)) * 2 : 1; }
     static int tasks(const Matrix& w) { return w.data ? (w.tiles() + run_length(w) - 1) / run_length(w) * w.copies : 0; }
 
     Shape shape_;
