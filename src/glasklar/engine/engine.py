@@ -295,7 +295,9 @@ class Engine:
                 self._give_way([weakest])
 
     def _prefill(self, admitted: Sequence[Request], texts: Sequence[Sequence[int]], first: int) -> list[_Made]:
-        result = self.runner.prefill(texts, first)
+        rows, n = self.rows, self.rows.n
+        numbers = uniform(rows.seed[first:n], rows.length[first:n])
+        result = self.runner.prefill(texts, first, rows.temperature[first:n], numbers)
         cached = result.cached or [0] * len(texts)
         for request, text, known in zip(admitted, texts, cached, strict=True):
             self._took_up(request, text, known)
@@ -314,7 +316,9 @@ class Engine:
         def read() -> None:
             nonlocal result
             if (request := self.scheduler.filling) is not None:
-                result = self.runner.fill(request.text, self.rows.n)
+                text, params = request.text, request.params
+                number = uniform(np.array([params.seed % (1 << 64)], np.uint64), np.array([len(text)]))
+                result = self.runner.fill(text, self.rows.n, np.array([params.temperature]), number)
 
         request = self.scheduler.filling
         if request is None:

@@ -131,8 +131,11 @@ class NativeRunner:
             compiled, model, threads=self.threads, page=PAGE, max_tokens=PASS_TOKENS, float_cache=whole
         )
 
-    def fill(self, prompt: Sequence[int], row: int) -> Result | None:
-        """Reads the next piece of a long prompt; after the last one it stands in `row` and its logits are returned.
+    def fill(
+        self, prompt: Sequence[int], row: int, temperature: NDArray[np.float64], uniform: NDArray[np.float64]
+    ) -> Result | None:
+        """Reads the next piece of a long prompt; after the last one it stands in `row`, and its logits and a token
+        drawn from them are returned.
 
         Raises CapacityError where the cache has no room for the piece; nothing has changed then.
         """
@@ -141,16 +144,16 @@ class NativeRunner:
         begin, end = self._filled, min(self._filled + self.chunk_tokens, len(prompt))
         self.cache.reach(self.spare, end)
         self._filled = end
-        positions = np.arange(begin, end, dtype=np.int32)
+        part = [(prompt[p], p, self.spare) for p in range(begin, end)]
         outputs = np.array([end - 1 - begin] if end == len(prompt) else [], np.int32)
-        rows = np.full_like(positions, self.spare)
-        logits = self._read(np.array(prompt[begin:end], np.int32), positions, rows, outputs, {self.spare: prompt})
+        count = len(outputs)
+        logits, tokens, logprobs = self._read(part, outputs, temperature[:count], uniform[:count], {self.spare: prompt})
         if end < len(prompt):
             return None
         self.cache.publish(self.spare, prompt)
         self.move([(self.spare, row)])
         self._filled = None
-        return Result(torch.from_numpy(logits), cached=[self._known])
+        return Result(torch.from_numpy(logits), tokens.astype(np.int64), logprobs, cached=[self._known])
 
     def abandon(self, prompt: Sequence[int]) -> None:
         """Drops the prompt that is being read; what was read of it can be found again."""
@@ -199,9 +202,15 @@ class NativeRunner:
         """Writes what is worth keeping to disk, if that is wanted."""
         self.cache.keep()
 
-    def prefill(self, prompts: Sequence[Sequence[int]], start: int) -> Result:
-        """Runs prompts into the rows from `start` on. Returns logits after each prompt [n, W]. Equal prompts (several
-        samples of one problem) are computed once."""
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        start: int,
+        temperature: NDArray[np.float64],
+        uniform: NDArray[np.float64],
+    ) -> Result:
+        """Runs prompts into the rows from `start` on. Returns logits after each prompt [n, W], and tokens drawn from
+        them. Equal prompts (several samples of one problem) are computed once."""
         once, places = distinct(prompts)
         tokens: list[tuple[int, int, int]] = []  # id, position, row
         cached = [0] * len(once)
@@ -212,17 +221,24 @@ class NativeRunner:
             cached[place] = had
             self.cache.reach(row, len(prompt))
             tokens += [(prompt[p], p, row) for p in range(had, len(prompt))]
-        ends = {(len(prompt) - 1, first[place]): place for place, prompt in enumerate(once)}
         texts = {first[place]: prompt for place, prompt in enumerate(once)}
-        logits_BW = torch.empty(len(once), self.config.vocab_size)
+        draws: dict[tuple[int, int], list[int]] = {}  # position and row of a prompt's end -> whose it is
+        for i, place in enumerate(places):
+            draws.setdefault((len(once[place]) - 1, first[place]), []).append(i)
+        logits_BW = torch.empty(len(prompts), self.config.vocab_size)
+        drawn, logprobs = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.float32)
         for begin in range(0, len(tokens), PASS_TOKENS):
             part = tokens[begin : begin + PASS_TOKENS]
-            wanted = [(i, ends[p, row]) for i, (_, p, row) in enumerate(part) if (p, row) in ends]
-            ids, positions, rows = (np.array(column, np.int32) for column in zip(*part, strict=True))
-            outputs = np.array([i for i, _ in wanted], np.int32)
-            logits = self._read(ids, positions, rows, outputs, texts)
-            for found, (_, place) in zip(logits, wanted, strict=True):
-                logits_BW[place] = torch.from_numpy(found)
+            wanted = [(i, whose) for i, (_, p, row) in enumerate(part) for whose in draws.get((p, row), ())]
+            while part:
+                now, wanted = wanted[:PASS_TOKENS], wanted[PASS_TOKENS:]
+                who = [whose for _, whose in now]
+                outputs = np.array([i for i, _ in now], np.int32)
+                found, chosen, logprobs[who] = self._read(part, outputs, temperature[who], uniform[who], texts)
+                logits_BW[who], drawn[who] = torch.from_numpy(found), chosen
+                # More draws than a pass has outputs: their tokens are run again, to the same bits.
+                part = [part[i] for i, _ in wanted[:PASS_TOKENS]]
+                wanted = [(i % PASS_TOKENS, whose) for i, (_, whose) in enumerate(wanted)]
         for place, prompt in enumerate(once):
             self.cache.publish(first[place], prompt)
         known = [cached[place] for place in places]
@@ -232,7 +248,7 @@ class NativeRunner:
                 known[row - start] = len(once[place])
                 if (ahead := self._ahead.get(first[place])) is not None:
                     self._ahead[row] = ahead
-        return Result(logits_BW[places] if len(once) < len(prompts) else logits_BW, cached=known)
+        return Result(logits_BW, drawn, logprobs, cached=known)
 
     def decode(
         self,
@@ -335,23 +351,24 @@ class NativeRunner:
         return chosen.tolist(), hidden[outputs]
 
     def _read(
-        self, ids: NDArray[np.int32], positions: NDArray[np.int32], rows: NDArray[np.int32],
-        outputs: NDArray[np.int32], texts: Mapping[int, Sequence[int]],
-    ) -> NDArray[np.float32]:  # fmt: skip
-        """Runs tokens of prompts, which the rows' `texts` are; returns logits at `outputs`. The module follows."""
-        none = np.zeros(len(outputs))
+        self, part: Sequence[tuple[int, int, int]], outputs: NDArray[np.int32], temperature: NDArray[np.float64],
+        uniform: NDArray[np.float64], texts: Mapping[int, Sequence[int]],
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:  # fmt: skip
+        """Runs tokens (id, position, row) of the rows' `texts`; returns logits at `outputs`, tokens drawn from them and
+        their log-probabilities. The module follows."""
+        ids, positions, rows = (np.array(column, np.int32) for column in zip(*part, strict=True))
         hidden = np.empty((len(ids), self.config.hidden_size), np.float32) if self.following else None
-        logits, _, _ = self._run(ids, positions, rows, outputs, none, none, hidden)
+        result = self._run(ids, positions, rows, outputs, temperature, uniform, hidden)
         if hidden is None:
-            return logits
-        known = [i for i, (p, row) in enumerate(zip(positions, rows, strict=True)) if p + 1 < len(texts[row])]
-        nexts = [texts[rows[i]][positions[i] + 1] for i in known]
+            return result
+        known = [i for i, (_, p, row) in enumerate(part) if p + 1 < len(texts[row])]
         if known:
+            nexts = [texts[rows[i]][positions[i] + 1] for i in known]
             nowhere = np.zeros(0, np.int32)
             self._module(nexts, positions[known].tolist(), rows[known].tolist(), hidden[known], nowhere, None, depth=0)
         for i in outputs.tolist():
             self._ahead[int(rows[i])] = _Ahead(int(positions[i]), hidden[i : i + 1])
-        return logits
+        return result
 
     def _run(
         self,

@@ -58,9 +58,11 @@ class Runner:
         """Zeroes what the rows from `row` on hold: something in it may not be finite."""
         self.cache.clear_from(row)
 
-    def fill(self, prompt: Sequence[int], row: int) -> Result | None:
+    def fill(
+        self, prompt: Sequence[int], row: int, temperature: NDArray[np.float64], uniform: NDArray[np.float64]
+    ) -> Result | None:
         """Reads all of a prompt; slots know no pieces."""
-        return self.prefill([prompt], row)
+        return self.prefill([prompt], row, temperature, uniform)
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Nothing to do: `fit` has made room."""
@@ -76,8 +78,15 @@ class Runner:
         self.cache.clear_from(0)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], start: int) -> Result:
-        """Runs prompts through the model, into the slots from `start` on. Returns logits after each prompt [n, W].
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        start: int,
+        temperature: NDArray[np.float64],
+        uniform: NDArray[np.float64],
+    ) -> Result:
+        """Runs prompts through the model, into the slots from `start` on. Returns logits after each prompt [n, W]; the
+        sampler draws from them.
 
         Equal prompts (several samples of one problem) are computed once.
         """
