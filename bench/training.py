@@ -1,8 +1,9 @@
 """Training speed on this CPU beside its peers: `python bench/training.py [--figure steps|grpo|all] [--json]`.
 
 One run, one machine, same shape, batch and optimiser (AdamW): our mixture of experts and our dense network, and
-`transformers`' DeepseekV3 and Llama in bf16 autocast, each at the best of its variants (eager or compiled, attention by
-SDPA or by plain products). First every variant is tried for a few steps, then the best of each side take turns, step by
+`transformers`' DeepseekV3 and Llama, each at the best of its variants: bf16 or fp32 (the faster one for torch where the
+CPU has no bf16 instruction), eager or compiled, attention by SDPA or by plain products. First every variant is tried for
+a few steps (compiled ones only in the precision that was faster eagerly), then the best of each side take turns, step by
 step, so that a busy machine slows all alike; figures are medians, ratios are medians of ratios within a round.
 `--figure grpo` is in grpo.py.
 """
@@ -61,15 +62,20 @@ FLOORS = {
     ("ours MoE", "ours dense"): (1 / 1.25, 1 / 1.25),
 }
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One side of the comparison: its variants by name, each a function that builds one training step."""
+    """One side of the comparison: `make(precision, variant)` builds one training step. `later`: variants that are tried
+    in the better precision only."""
 
     name: str
-    variants: dict[str, Callable[[], Step]]
+    make: Callable[[str, str], Step]
+    variants: list[str]
+    later: list[str]
 
 
 def shape(name: str, moe: bool) -> ModelConfig:
@@ -88,9 +94,9 @@ def ids(name: str) -> torch.Tensor:
     return torch.randint(0, VOCAB, BATCH[name], generator=torch.Generator().manual_seed(0))
 
 
-def ours(name: str, config: ModelConfig, ops: Ops) -> Step:
+def ours(name: str, config: ModelConfig, ops: Ops, precision: str = "bf16") -> Step:
     """The step that `glasklar train` takes: packed rows, here of one document each, so that the work is the same."""
-    model = initialise(build(config, ops, dtype=torch.bfloat16), seed=0)
+    model = initialise(build(config, ops, dtype=PRECISIONS[precision]), seed=0)
     optimizer = make_optimizer(model, OptimizerConfig(clip_norm=None))
     rows = ids(name)
     batch = Batch(
@@ -105,8 +111,11 @@ def ours(name: str, config: ModelConfig, ops: Ops) -> Step:
     )
 
 
-def hugging_face(name: str, kind: str, attention: str, compiled: bool) -> Step:
+def hugging_face(name: str, kind: str, precision: str, variant: str) -> Step:
+    """`precision` "bf16": autocast over fp32 weights."""
     import transformers
+
+    mode, attention = variant.split()
 
     trunk: dict[str, Any] = {
         "vocab_size": VOCAB, "max_position_embeddings": BATCH[name][1], "attn_implementation": attention,
@@ -123,10 +132,10 @@ def hugging_face(name: str, kind: str, attention: str, compiled: bool) -> Step:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     rows = ids(name)
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    forward = torch.compile(model, dynamic=False) if mode == "compiled" else model
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = forward(input_ids=rows, labels=rows).loss
         loss.backward()
         optimizer.step()
@@ -161,17 +170,18 @@ def contenders(name: str, compiled: bool, tables: list[str]) -> list[Contender]:
     sides = []
     for label, moe in (("ours MoE", True), ("ours dense", False)):
         config = shape(name, moe)
-        variants = {
-            table: lambda table=table, config=config: ours(name, config, select(here, table)) for table in tables
-        }
-        sides.append(Contender(label, variants))
+
+        def mine(precision: str, table: str, config: ModelConfig = config) -> Step:
+            return ours(name, config, select(here, table), precision)
+
+        sides.append(Contender(label, mine, tables, []))
     for kind in ("DeepseekV3", "Llama"):
-        variants = {
-            f"{'compiled' if c else 'eager'}, {a}": lambda kind=kind, a=a, c=c: hugging_face(name, kind, a, c)
-            for c in ([False, True] if compiled else [False])
-            for a in ("sdpa", "eager")
-        }
-        sides.append(Contender(f"HF {kind}", variants))
+
+        def theirs(precision: str, variant: str, kind: str = kind) -> Step:
+            return hugging_face(name, kind, precision, variant)
+
+        later = ["compiled sdpa", "compiled eager"] if compiled else []
+        sides.append(Contender(f"HF {kind}", theirs, ["eager sdpa", "eager eager"], later))
     return sides
 
 
@@ -181,23 +191,32 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def best_variant(side: Contender, tries: int) -> tuple[str, Step]:
+def best_variant(side: Contender, tries: int, precisions: list[str]) -> tuple[str, Step]:
     """Builds every variant and keeps the fastest; the others are dropped before the next one is built."""
-    best: tuple[float, str, Step] | None = None
-    for label, make in side.variants.items():
-        step = make()
+    best: tuple[float, str, str, Step] | None = None
+
+    def attempt(precision: str, variant: str) -> None:
+        nonlocal best
+        step = side.make(precision, variant)
         first = seconds(step)
         step()
         time_ = min(seconds(step) for _ in range(tries))
-        print(f"  {side.name:14} {label:18} {time_ * 1e3:7.0f} ms (first step {first:.1f} s)", file=sys.stderr)
+        label = f"{precision} {variant}"
+        print(f"  {side.name:14} {label:22} {time_ * 1e3:7.0f} ms (first step {first:.1f} s)", file=sys.stderr)
         if best is None or time_ < best[0]:
-            best = (time_, label, step)
+            best = (time_, precision, label, step)
+
+    for precision in precisions:
+        for variant in side.variants:
+            attempt(precision, variant)
     assert best is not None
-    return best[1], best[2]
+    for variant in side.later:
+        attempt(best[1], variant)
+    return best[2], best[3]
 
 
-def measure(name: str, rounds: int, tries: int, sides: list[Contender]) -> dict[str, Any]:
-    chosen = {side.name: best_variant(side, tries) for side in sides}
+def measure(name: str, rounds: int, tries: int, precisions: list[str], sides: list[Contender]) -> dict[str, Any]:
+    chosen = {side.name: best_variant(side, tries, precisions) for side in sides}
     times: dict[str, list[float]] = {key: [] for key in chosen}
     for _ in range(rounds):
         for key, (_, step) in chosen.items():
@@ -225,7 +244,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['shape']}, {result['threads']} threads"]
     for key, row in result["rows"].items():
         speed = f"{row['tokens_per_step']:6d} tokens in {row['ms']:8.1f} ms {row['tokens_per_second']:8d} tok/s"
-        lines.append(f"  {key:14} {row['variant']:18} {speed}")
+        lines.append(f"  {key:14} {row['variant']:22} {speed}")
     for r in result["ratios"]:
         verdict = "goal" if r["ratio"] >= r["goal"] else "required" if r["ratio"] >= r["required"] else "MISSED"
         pair = f"{r['speed']} / {r['over']}"
@@ -241,6 +260,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=3, help="timed steps of each variant before the best is chosen")
     parser.add_argument("--only", help="sides to measure, by a part of their name, separated by commas")
     parser.add_argument("--ops", help="our tables of operations to try, separated by commas; default: the best one")
+    parser.add_argument("--precision", choices=sorted(PRECISIONS), nargs="+", default=["bf16", "fp32"])
     parser.add_argument("--no-compile", action="store_true", help="leave the peers' compiled variants out (faster)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -256,7 +276,7 @@ def main() -> None:
                 sides = contenders(shape_name, not args.no_compile, ops)
                 if args.only:
                     sides = [side for side in sides if any(part in side.name for part in args.only.split(","))]
-                results.append(measure(shape_name, args.rounds, args.tries, sides))
+                results.append(measure(shape_name, args.rounds, args.tries, args.precision, sides))
         if args.figure in ("grpo", "all"):
             import grpo
 
