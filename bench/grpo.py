@@ -2,7 +2,7 @@
 
 Both start from the same random weights of `spark`'s network; the reward is a coin that the answer itself decides, and
 truncated answers count, as they do in TRL's default. Lengths are not forced: compared are sampled tokens per second of
-the median step. TRL is at the better of two precisions, and samples with transformers' `generate`.
+the median step. TRL is at the best of three precisions, and samples with transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from glasklar.train.optim import make_optimizer
 
 PROMPTS, SAMPLES, TOKENS = 16, 16, 48
 STEPS, WARM = 6, 2
+# TRL's variants: type of the weights, and whether products are cast to bf16.
+PEERS = {"autocast": (torch.float32, True), "bf16 weights": (torch.bfloat16, True), "fp32": (torch.float32, False)}
 
 
 def coin(ids: list[int]) -> float:
@@ -69,7 +71,7 @@ def ours(recipe: Recipe, tokenizer: Tokenizer, runtime: Runtime) -> Callable[[in
     return step
 
 
-def trl(recipe: Recipe, folder: Path, dtype: torch.dtype) -> tuple[list[float], list[int]]:
+def trl(recipe: Recipe, folder: Path, dtype: torch.dtype, autocast: bool) -> tuple[list[float], list[int]]:
     """Seconds of each of TRL's steps on transformers' DeepseekV3 with the same weights, and tokens sampled in each."""
     import datasets
     import transformers
@@ -95,7 +97,7 @@ def trl(recipe: Recipe, folder: Path, dtype: torch.dtype) -> tuple[list[float], 
     config = GRPOConfig(
         output_dir=str(folder / "trl"), max_steps=STEPS + WARM, per_device_train_batch_size=PROMPTS * SAMPLES,
         num_generations=SAMPLES, max_completion_length=TOKENS, temperature=1.0, beta=0.0, learning_rate=3e-4,
-        bf16=True, use_cpu=True, gradient_checkpointing=False, report_to=[], save_strategy="no",
+        bf16=autocast, use_cpu=True, gradient_checkpointing=False, report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0,
     )  # fmt: skip
     trainer = GRPOTrainer(
@@ -134,8 +136,8 @@ def measure(runtime: Runtime) -> dict[str, Any]:
 
         turn()
         theirs = {}
-        for label, dtype in (("autocast", torch.float32), ("bf16 weights", torch.bfloat16)):
-            theirs[label] = trl(recipe, folder / "model", dtype)
+        for label, (dtype, autocast) in PEERS.items():
+            theirs[label] = trl(recipe, folder / "model", dtype, autocast)
             turn()
     found = {label: _row(label, *figures) for label, figures in theirs.items()}
     rows = {

@@ -1,9 +1,9 @@
 """Training speed on this CPU beside its peers: `python bench/training.py [--figure steps|grpo|all] [--json]`.
 
 One run, one machine, same shape, batch and optimiser (AdamW): our mixture of experts and our dense network, and
-`transformers`' DeepseekV3 and Llama, each at the best of its variants: bf16 or fp32 (the faster one for torch where the
-CPU has no bf16 instruction), eager or compiled, attention by SDPA or by plain products. First every variant is tried for
-a few steps (compiled ones only in the precision that was faster eagerly), then the best of each side take turns, step by
+`transformers`' DeepseekV3 and Llama, each at the best of its variants: bf16 or fp32 (faster for torch where the CPU has
+no bf16 instruction), eager or compiled, attention by SDPA or by plain products. First every variant is tried for a few
+steps (compiled ones only in the precision that was faster eagerly), then the best of each side take turns, step by
 step, so that a busy machine slows all alike; figures are medians, ratios are medians of ratios within a round.
 `--figure grpo` is in grpo.py.
 """
