@@ -27,7 +27,7 @@ NAMES = {"pretrain": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement",
 def bytes_progress(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with bytes and seconds; call what it gives with bytes done and bytes in all."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(text, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
