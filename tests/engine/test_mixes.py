@@ -51,7 +51,7 @@ def packed(name: str, kind: str) -> PackedModel:
 def lonely(name: str, kind: str) -> NativeNetwork:
     compiled = library.best()
     assert compiled is not None
-    return NativeNetwork(compiled, packed(name, kind), threads=1)
+    return NativeNetwork(compiled, packed(name, kind), threads=1, float_cache=kind == "float32")
 
 
 def logits_alone(name: str, kind: str, text: list[int]) -> NDArray[np.float32]:
