@@ -239,6 +239,8 @@ async def load_it(server: Server, cases: list[Case], seconds: float, streams: in
 
     async def killer() -> None:
         await asyncio.sleep(seconds / 2)
+        os.kill(server.engine, signal.SIGSTOP)  # so that requests are in it, however fast it is
+        await asyncio.sleep(1)
         os.kill(server.engine, signal.SIGKILL)
 
     await asyncio.gather(*(stream() for _ in range(streams)), *([killer()] if kill else []))
