@@ -79,6 +79,14 @@ def test_a_budget_alone_ends_the_thinking_and_nothing_else(maker: GuideMaker) ->
     assert guide.allowed() is None
 
 
+def test_where_content_must_follow_the_thinking_cannot_be_the_end(maker: GuideMaker) -> None:
+    mask = maker.make(GuideSpec(grammar=grammar(SCHEMA), begins="thinking")).allowed()
+    assert mask is not None
+    assert not mask[list(maker.tokenizer.stop_ids)].any()
+    assert mask[maker.tokenizer.end_think_id]
+    assert maker.make(GuideSpec(begins="thinking")).allowed() is None
+
+
 def test_guides_of_one_grammar_do_not_share_their_place(maker: GuideMaker) -> None:
     spec = GuideSpec(grammar=grammar({"enum": ["ab"]}))
     one, two = maker.make(spec), maker.make(spec)

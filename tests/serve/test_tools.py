@@ -22,7 +22,7 @@ from glasklar.serve.completions import CompletionRequest, questions_of
 from glasklar.serve.grammar import GuideMaker, GuideSpec
 from glasklar.serve.question import question_of
 from glasklar.serve.schema import ChatRequest, Tool
-from glasklar.serve.tools import GENERIC, Format, calls_grammar, format_of
+from glasklar.serve.tools import GENERIC, MARK, Format, calls_grammar, format_of
 
 SAYS = "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
 ENDS = "<|im_end|>\n{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"
@@ -149,8 +149,6 @@ def test_calls_after_some_text(service: Service) -> None:
     text = "Let me see. "
     call = f'{form.begin}{form.opening}add{form.middle}{{"a": 1, "b": "x"}}{form.closing}{form.end}'
     ids = tokenizer.encode(text)
-    from glasklar.serve.tools import MARK
-
     rest = call
     while rest:
         spot = rest.find(MARK)
@@ -205,3 +203,12 @@ def test_a_model_that_does_not_think_says_so(service: Service) -> None:
         assert question_of(service, ChatRequest.model_validate(body | free)).begins == "content"
     with pytest.raises(RequestError, match="thinking"):
         question_of(service, ChatRequest.model_validate(body | {"thinking": {"type": "enabled"}}))
+
+
+def test_marks_in_letters_are_text_where_the_vocabulary_has_tokens_for_them(service: Service) -> None:
+    form = format_of(service.tokenizer)
+    if not form.tokens:
+        pytest.skip("this form is written in letters")
+    text = (form.begin + form.opening).replace(MARK, "") + "add" + form.middle.replace(MARK, "") + "{}"
+    piece, answer = read(service, form, [*service.tokenizer.encode(text), service.tokenizer.stop_ids[0]])
+    assert (piece.content, piece.calls, answer.finish) == (text, [], "stop")
