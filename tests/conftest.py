@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from glasklar.runtime import Runtime, prepare, start
+from smoke import SMOKE
 
 # Before torch is loaded by any test.
 prepare(int(os.environ.get("GLASKLAR_THREADS", "2")))
 
 # Keys and runs of the commands under test; never the ones of whoever runs the tests.
 os.environ["GLASKLAR_HOME"] = tempfile.mkdtemp(prefix="glasklar-test-home-")
-
-SMOKE = Path(__file__).with_name("smoke.toml")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMOKE
+from smoke import SMOKE
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
 

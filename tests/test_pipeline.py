@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMOKE
 from glasklar import api
 from glasklar.errors import CheckpointError
 from glasklar.provenance.hashing import sha256_file
@@ -22,6 +21,7 @@ from glasklar.provenance.ledger import read_ledger
 from glasklar.provenance.metrics import read_metrics
 from glasklar.runtime import Runtime
 from glasklar.train.state import saved_hash
+from smoke import SMOKE
 
 KILLS, STEPS = 10, 16
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMOKE
 from glasklar import api
 from glasklar.audit.findings import Findings
 from glasklar.audit.seal import MODEL_KIND, RUN_KIND, abandon, seal
@@ -26,6 +25,7 @@ from glasklar.provenance.receipt import model_root
 from glasklar.provenance.rundir import ATTESTATION, RunDir
 from glasklar.provenance.signing import Signer, open_envelope, read_envelope
 from glasklar.runtime import Runtime
+from smoke import SMOKE
 
 FLIPS, COPIES = 300, 50
 
