@@ -23,6 +23,7 @@ class Parrot:
 
     name = "parrot"
     waiting = 1
+    context = 4096
 
     def __init__(self, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps({}))
