@@ -8,7 +8,7 @@ import { Sidebar } from './sidebar.js';
 import { Training } from './training.js';
 
 const EVERY = 1000;
-let state = null, model = null, hasRun = false;
+let state = null, served = null, name = null, hasRun = false; // the model that answers; what the page is called after
 
 translate(document);
 const training = new Training();
@@ -19,14 +19,14 @@ const chat = new Chat(sidebar);
 function show() {
   const [, place, id] = location.hash.split('/');
   const view = state === 'serving' && (place !== 'training' || !hasRun) ? 'chat' : 'training';
-  for (const name of ['chat', 'training']) find(name).hidden = name !== view;
+  for (const each of ['chat', 'training']) find(each).hidden = each !== view;
   find('to-training').hidden = !hasRun || state !== 'serving';
   if (view === 'training') find('to-training').setAttribute('aria-current', 'page');
   else find('to-training').removeAttribute('aria-current');
   document.body.classList.toggle('alone', state !== 'serving');
   sidebar.close();
   if (view === 'chat') chat.open(place === 'c' ? id : null);
-  else title(state === 'serving' ? words.training : model ?? 'glasklar');
+  else title(state === 'serving' ? words.training : name ?? 'glasklar');
 }
 
 function title(text) {
@@ -46,11 +46,12 @@ async function apply(now, news) {
     training.take(news);
     training.show(now, await progress());
   }
-  if (now.model && now.model !== model) {
+  if (now.model && now.model !== served) {
     chat.serve(now, await models());
     sidebar.refresh();
+    served = now.model;
   }
-  model = now.model ?? now.run;
+  name = now.model ?? now.run;
   if (now.state === state && hasRun === (now.run !== null)) return;
   const finished = state === 'training' && now.state === 'serving';
   state = now.state;
