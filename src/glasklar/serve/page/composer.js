@@ -19,7 +19,7 @@ export class Composer {
     question.addEventListener('input', () => this.fit());
     find('stop').addEventListener('click', stop);
     find('attach').addEventListener('click', () => find('picker').click());
-    find('picker').addEventListener('change', () => { this.take(find('picker').files); find('picker').value = ''; });
+    find('picker').addEventListener('change', () => { this.take([...find('picker').files]); find('picker').value = ''; });
     find('tune').addEventListener('click', () => find('settings').showModal());
     find('reset').addEventListener('click', () => { localStorage.removeItem('settings'); this.restore(); });
     find('settings').addEventListener('close', () => this.keep());
@@ -88,7 +88,7 @@ export class Composer {
       event.preventDefault();
       depth = 0;
       find('drop').hidden = true;
-      if (!chat.hidden) this.take(event.dataTransfer.files);
+      if (!chat.hidden) this.take([...event.dataTransfer.files]);
     });
   }
 
