@@ -10,7 +10,7 @@ from glasklar.model.shapes import hardware_names, load_hardware, load_shape, sha
 
 SHAPES = {
     "deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "deepseek-r1", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b",
-    "qwen2.5-72b", "r1-distill-qwen-1.5b",
+    "qwen2.5-72b", "r1-distill-qwen-1.5b", "gpt-oss-20b",
 }  # fmt: skip
 DEVICES = {"cpu-2-cores", "cpu-desktop", "rtx-4090", "a100", "h100", "h800", "h200"}
 

@@ -85,7 +85,13 @@ def _documents(run: RunDir, events: list[Event], found: Findings) -> None:
         )
         return
     for name in other:
-        found.fails(name, "is not the document that the record gives: made by hand, or from another record")
+        gone = not lying[name].exists()
+        found.fails(
+            name,
+            "is missing, though the record gives it"
+            if gone
+            else "is not the document that the record gives: made by hand, or from another record",
+        )
     if not other:
         found.holds("documents", f"all {len(wanted)} are, to the byte, those that follow from the record")
 
