@@ -73,6 +73,7 @@ inline void prepare_group(const float* x, const Rows& to, int64_t row, int group
 #if defined(__AVX512F__)
     // Rounds to nearest, ties to even, as below.
     __m512i qa = _mm512_cvtps_epi32(reinterpret_cast<__m512>(a * inverse)), qb = _mm512_cvtps_epi32(reinterpret_cast<__m512>(b * inverse));
+    if (!finite) qa = qb = _mm512_setzero_si512();  // the least integer each, whose sums would overflow
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(qa));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + LANES), _mm512_cvtepi32_epi8(qb));
     total = _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
