@@ -16,10 +16,14 @@ from glasklar.serve.chat import Choice, usage_of, whole
 from glasklar.serve.question import Question, Speaker, check_bias
 from glasklar.serve.schema import (
     DEFAULT_TEMPERATURE,
-    MAX_BIAS,
-    MAX_CHOICES,
+    Choices,
+    LogitBias,
+    MinP,
     ModelName,
+    Penalty,
     Refused,
+    Repetition,
+    Seed,
     Share,
     Stops,
     StreamOptions,
@@ -27,6 +31,7 @@ from glasklar.serve.schema import (
     Temperature,
     Text,
     Tokens,
+    TopK,
     check_stops,
     stop_list,
 )
@@ -58,14 +63,14 @@ class CompletionRequest(Strict):
     max_tokens: Tokens | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIAS)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 62), lt=1 << 62)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
+    n: Choices | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     stop: Stops = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

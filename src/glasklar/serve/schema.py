@@ -27,6 +27,13 @@ Tokens = Annotated[int, Field(ge=1, le=1 << 20)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Stops = str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None
+TopK = Annotated[int, Field(ge=0, le=1 << 20)]
+MinP = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Repetition = Annotated[float, Field(ge=0.01, le=10)]
+LogitBias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIAS)]
+Seed = Annotated[int, Field(ge=-(1 << 62), lt=1 << 62)]
+Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 # DeepSeek's and OpenAI's names of how much a model should think.
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -198,14 +205,14 @@ class ChatRequest(Strict):
     max_completion_tokens: Tokens | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIAS)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 62), lt=1 << 62)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
+    n: Choices | None = None
     stop: Stops = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
