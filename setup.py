@@ -59,16 +59,23 @@ class Build(build_ext):
         self.parallel = self.parallel or CORES
 
     def build_extension(self, ext: Extension) -> None:
-        """Raises what its parent raises, which leaves an optional library out; never leaves an older one there."""
+        """Raises what the standard build raises, which leaves an optional library out; never leaves an older one there."""
         kept, target = KEPT / self.fingerprint(ext), Path(self.get_ext_fullpath(ext.name))
         if not kept.exists():
-            super().build_extension(ext)
+            self.apart(ext).build_extension(ext)
             kept.parent.mkdir(parents=True, exist_ok=True)
             unfinished = kept.with_suffix(f".{os.getpid()}")
             shutil.copyfile(target, unfinished)
             unfinished.replace(kept)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept, target)
+
+    def apart(self, ext: Extension) -> build_ext:
+        """The standard build with a folder of objects for this library alone: builds of one source, side by side, would
+        write over each other's object files."""
+        alone = build_ext(self.distribution)
+        alone.__dict__.update(self.__dict__, build_temp=os.path.join(self.build_temp, ext.name))
+        return alone
 
     def fingerprint(self, ext: Extension) -> str:
         """Compiler, flags, and every byte of source."""

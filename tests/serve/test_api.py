@@ -377,17 +377,20 @@ def test_messages_end_at_stop_sequences(claude: anthropic.Anthropic, model: Mode
 def test_langchain_streams_calls_and_parses(server: LiveServer, model: Model) -> None:
     from langchain_openai import ChatOpenAI
 
-    settings: dict[str, Any] = {
-        "base_url": f"{server.url}/v1", "api_key": "none", "model": model.name, "max_retries": 0, "max_tokens": 200
-    }  # fmt: skip
-    chat = ChatOpenAI(**settings, temperature=1.0, seed=3)
-    whole = chat.invoke("What is 3+4?")
-    assert "".join(str(chunk.content) for chunk in chat.stream("What is 3+4?")) == whole.content
-    assert whole.usage_metadata["output_tokens"] > 0
-    called = chat.bind_tools([ADD], tool_choice="add").invoke("What is 3+4?")
-    assert called.tool_calls[0]["name"] == "add"
-    assert isinstance(chat.with_structured_output(Sum).invoke("What is 3+4?"), Sum)
-    assert ChatOpenAI(**settings, use_responses_api=True).invoke("What is 3+4?").content
+    # LangChain never closes a connection pool that it made itself.
+    with httpx.Client(timeout=60) as pool:
+        settings: dict[str, Any] = {
+            "base_url": f"{server.url}/v1", "api_key": "none", "model": model.name, "max_retries": 0, "max_tokens": 200,
+            "http_client": pool,
+        }  # fmt: skip
+        chat = ChatOpenAI(**settings, temperature=1.0, seed=3)
+        whole = chat.invoke("What is 3+4?")
+        assert "".join(str(chunk.content) for chunk in chat.stream("What is 3+4?")) == whole.content
+        assert whole.usage_metadata["output_tokens"] > 0
+        called = chat.bind_tools([ADD], tool_choice="add").invoke("What is 3+4?")
+        assert called.tool_calls[0]["name"] == "add"
+        assert isinstance(chat.with_structured_output(Sum).invoke("What is 3+4?"), Sum)
+        assert ChatOpenAI(**settings, use_responses_api=True).invoke("What is 3+4?").content
 
 
 @pytest.mark.slow  # importing it alone takes long
