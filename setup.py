@@ -59,7 +59,7 @@ class Build(build_ext):
         self.parallel = self.parallel or CORES
 
     def build_extension(self, ext: Extension) -> None:
-        """Raises what the standard build raises, which leaves an optional library out; never leaves an older one there."""
+        """Raises what the standard build raises, which leaves an optional library out; an older one never stays."""
         kept, target = KEPT / self.fingerprint(ext), Path(self.get_ext_fullpath(ext.name))
         if not kept.exists():
             self.apart(ext).build_extension(ext)

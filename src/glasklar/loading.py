@@ -188,3 +188,8 @@ def open_folder(
 def packed_under(home: Path) -> Path:
     """Where quantised weights are kept."""
     return home / "cache" / "packed"
+
+
+def pages_under(home: Path) -> Path:
+    """Where pages of the engine's cache are kept, if a server is told to."""
+    return home / "cache" / "pages"

@@ -63,7 +63,7 @@ def prepare(threads: int | None = None, environ: dict[str, str] | None = None) -
     environ["OMP_NUM_THREADS"] = environ["MKL_NUM_THREADS"] = str(count)
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, lest it warn of every process that is started
     return count
 
 

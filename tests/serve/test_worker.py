@@ -237,6 +237,27 @@ def test_a_whole_request_has_its_deadline(service: ModelService, patient: Callab
     asyncio.run(scene())
 
 
+def test_a_restarted_server_finds_its_cache_on_disk(model: Model, tmp_path: Path) -> None:
+    limits = Limits(disk_bytes=1 << 20)
+
+    def ask() -> list[TokenEvent]:
+        service = ModelService(model, limits, pages=tmp_path)
+        try:
+            return asyncio.run(answer(service, [7] * 100, SHORT))
+        finally:
+            service.close()
+
+    first, second = ask(), ask()
+    assert first[0].cached == 0
+    assert second[0].cached >= 64
+    assert [(e.token, e.logprob) for e in first] == [(e.token, e.logprob) for e in second]
+
+
+def test_disk_without_a_folder_is_refused(model: Model) -> None:
+    with pytest.raises(RequestError, match="say where"):
+        ModelService(model, Limits(disk_bytes=1))
+
+
 def test_a_model_that_cannot_be_loaded_is_said_at_once(model: Model, tmp_path: Path, runtime: Runtime) -> None:
     folder = make_model(tmp_path / "m", runtime)
     damaged = load(folder, runtime)

@@ -10,7 +10,7 @@ import json
 import platform
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +44,13 @@ class Document:
 
     @property
     def hash(self) -> bytes:
-        return leaf_hash(asdict(self))
+        return leaf_hash(self.record())
+
+    def record(self) -> dict[str, str]:
+        """What is under its hash. (`asdict` would copy the text: a fifth of the time to prepare a corpus.)"""
+        return {
+            "text": self.text, "source": self.source, "licence": self.licence, "date": self.date, "origin": self.origin
+        }  # fmt: skip
 
 
 def document_trees(documents: Iterable[Document]) -> SourceTrees:
@@ -70,7 +76,7 @@ class Removed:
 
     def record(self) -> dict[str, str]:
         """What is listed: everything but the text."""
-        named = asdict(self.document) | {"document": self.document.hash.hex(), "reason": self.reason}
+        named = self.document.record() | {"document": self.document.hash.hex(), "reason": self.reason}
         return {name: value for name, value in named.items() if name != "text"} | {
             "because_of": self.because_of,
             "detail": self.detail,

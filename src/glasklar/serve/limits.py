@@ -12,6 +12,7 @@ class Limits:
     running         requests that the engine runs at once
     queued          requests that may wait beside them; a further one is told to come again (429)
     cache_tokens    tokens that the engine's cache holds
+    disk_bytes      for beginnings of texts that the cache has no room for, also for the next start; 0: none are kept
     queue_seconds   longest wait for a place in the engine
     request_seconds longest time of a request from its arrival to its last token
     ready_seconds   in which a healthy engine makes a token; `/ready` asks for one
@@ -27,6 +28,7 @@ class Limits:
     running: int = 64
     queued: int = 256
     cache_tokens: int = 1 << 17
+    disk_bytes: int = 0
     queue_seconds: float = 120.0
     request_seconds: float = 900.0
     ready_seconds: float = 5.0

@@ -22,6 +22,7 @@ from glasklar.serve.messages import Failed, Frames, Message, Ready, Start, frame
 log = logging.getLogger(__name__)
 
 TICK = 1.0  # seconds between looks at the clock
+CLOSING_SECONDS = 30.0  # in which an engine that keeps pages on disk must have written them
 LONGEST_PAUSE = 30.0  # seconds between attempts to start an engine that does not start
 PIECE = 1 << 18  # bytes read at once
 
@@ -74,7 +75,7 @@ class Link:
         """Ends the process and the thread."""
         self._closing.set()
         self._wake()
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=60)
         self._bell.close()
         self._ring.close()
 
@@ -93,7 +94,7 @@ class Link:
             process, channel = self._spawn()
             with channel:
                 was_ready = self._talk(process, channel)
-            reason = _ending(process)
+            reason = _ending(process, CLOSING_SECONDS if self.start.pages and self._closing.is_set() else 2.0)
             self.pid = None
             if self._closing.is_set():
                 break
@@ -192,10 +193,10 @@ def _read(channel: socket.socket) -> bytes:
         return b""
 
 
-def _ending(process: subprocess.Popen[bytes]) -> str:
+def _ending(process: subprocess.Popen[bytes], seconds: float) -> str:
     """How it ended. Its socket is closed, so that it does end; if not, it is made to."""
     try:
-        code = process.wait(timeout=2)
+        code = process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         code = process.wait()

@@ -6,7 +6,7 @@ import threading
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from glasklar.loading import ModelFolder
+from glasklar.loading import ModelFolder, pages_under
 from glasklar.serve.backend import Backend
 from glasklar.serve.conversations import conversations_in
 from glasklar.serve.news import RunNews
@@ -43,7 +43,9 @@ class LiveServer:
 
     def release(self, model: ModelFolder) -> None:
         """From now on the page and the API answer with `model`."""
-        self._backend.service = ModelService(model, self.site.limits, alone=self._door.alone)
+        self._backend.service = ModelService(
+            model, self.site.limits, alone=self._door.alone, pages=pages_under(self.site.home)
+        )
 
     def wait(self) -> None:
         """Serves until Ctrl-C."""

@@ -23,7 +23,8 @@ _LENGTH = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The first message: which model, computed how. `max_slots`, `max_tokens`: see `Engine`."""
+    """The first message: which model, computed how. `max_slots`, `max_tokens`: see `Engine`; `pages`: folder of the
+    cache's pages on disk, at most `disk_bytes`."""
 
     folder: str
     device: str
@@ -33,6 +34,8 @@ class Start:
     max_tokens: int
     quantize: str | None = None
     cache: str | None = None
+    pages: str | None = None
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from glasklar.errors import CapacityError, RequestError
-from glasklar.loading import ModelFolder
+from glasklar.loading import ModelFolder, pages_under
 from glasklar.serve.access import FILE, Access
 from glasklar.serve.app import create_app
 from glasklar.serve.backend import Backend
@@ -228,7 +228,7 @@ def serve(model: ModelFolder, site: Site, *, run: Path | None = None, tracing: T
     `tracing`, which finds what its training documents hold."""
     allow_many_connections()
     with opened(site) as (listening, door), terminable():
-        service = ModelService(model, site.limits, alone=door.alone)
+        service = ModelService(model, site.limits, alone=door.alone, pages=pages_under(site.home))
         news = None if run is None else RunNews(run)
         url = url_of(listening, site)
         listening.listen(BACKLOG)  # whoever reads the next line may call at once

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from glasklar.data.chat import Message as ChatMessage
@@ -52,10 +53,16 @@ class ModelService:
     """One model behind one engine. Made when the engine is ready, or an error is raised that says why it is not.
 
     alone   whether there is one key only at the moment, which need not leave anything to others
+    pages   folder of cache pages on disk, if the limits grant them room
     """
 
     def __init__(
-        self, model: ModelFolder, limits: Limits | None = None, *, alone: Callable[[], bool] = lambda: True
+        self,
+        model: ModelFolder,
+        limits: Limits | None = None,
+        *,
+        alone: Callable[[], bool] = lambda: True,
+        pages: Path | None = None,
     ) -> None:
         if model.tokenizer is None:
             raise CheckpointError(f"{model.folder}: has no tokenizer.json; use `glasklar generate --prompt-ids`")
@@ -71,7 +78,7 @@ class ModelService:
         self._up, self._settled, self._last_token = threading.Event(), threading.Event(), -RECENT
         self._failure: GlasklarError | None = None
         self._probe: asyncio.Task[None] | None = None
-        self._link = Link(_start(model, self.limits), self.limits, self)
+        self._link = Link(_start(model, self.limits, pages), self.limits, self)
         try:
             self._settled.wait()
             if self._failure is not None:
@@ -350,8 +357,10 @@ class ModelService:
         _deliver(deliveries)
 
 
-def _start(model: ModelFolder, limits: Limits) -> Start:
+def _start(model: ModelFolder, limits: Limits, pages: Path | None) -> Start:
     runtime = model.runtime
+    if limits.disk_bytes and pages is None:
+        raise RequestError(f"disk_bytes = {limits.disk_bytes} without a folder: say where the pages go")
     return Start(
         folder=str(model.folder.absolute()),
         device=runtime.device,
@@ -361,6 +370,8 @@ def _start(model: ModelFolder, limits: Limits) -> Start:
         max_tokens=limits.cache_tokens,
         quantize=model.quantize,
         cache=None if model.cache is None else str(model.cache),
+        pages=str(pages) if limits.disk_bytes else None,
+        disk_bytes=limits.disk_bytes,
     )
 
 

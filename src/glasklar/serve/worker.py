@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glasklar import __version__
 from glasklar.engine.guide import Guide
 from glasklar.errors import GlasklarError, RequestError
 from glasklar.runtime import prepare, resident_bytes, start
@@ -55,11 +56,15 @@ SIGN_OF_LIFE = 1.0  # seconds of work without a token after which an empty messa
 
 class Inbox:
     """Messages as they arrive, read by a thread so that a step never waits for them, nor for what must be done before
-    they can be handled (`prepare`)."""
+    they can be handled (`prepare`). When the other end closes, the process ends at once, or, where it has something to
+    put in order (`closing`), `ended` is set."""
 
-    def __init__(self, channel: socket.socket, frames: Frames, prepare: Callable[[Message], Task]) -> None:
-        self._channel, self._frames, self._prepare = channel, frames, prepare
+    def __init__(
+        self, channel: socket.socket, frames: Frames, prepare: Callable[[Message], Task], closing: bool
+    ) -> None:
+        self._channel, self._frames, self._prepare, self._closing = channel, frames, prepare, closing
         self._tasks: deque[Task] = deque()
+        self.ended = False
         self._wake = threading.Event()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
@@ -75,11 +80,14 @@ class Inbox:
         except (OSError, ValueError) as error:
             log.error("the server: %s", error)
         finally:
-            os._exit(0)  # the server is gone, and whatever is being computed with it
+            self.ended = True  # the server is gone; what is being computed is of use to nobody
+            self._wake.set()
+            if not self._closing:
+                os._exit(0)
 
     def wait(self) -> None:
-        """Returns when there is something to do."""
-        while not self._tasks:
+        """Returns when there is something to do, or the other end has closed."""
+        while not self._tasks and not self.ended:
             self._wake.wait()
             self._wake.clear()
 
@@ -212,11 +220,18 @@ def open_model(message: Start) -> tuple[Model, Engine]:
     threads = prepare(message.threads)
     runtime = start(threads, device=message.device, compute=message.compute)  # type: ignore[arg-type]
     from glasklar.engine.engine import Engine
+    from glasklar.engine.packed_file import key_of
+    from glasklar.engine.spill import SpillConfig
     from glasklar.loading import load
 
     cache = None if message.cache is None else Path(message.cache)
     model = load(message.folder, runtime, quantize=message.quantize, cache=cache)
-    return model, Engine(model.network, max_slots=message.max_slots, max_tokens=message.max_tokens)
+    spill = None
+    if message.pages is not None:
+        form = message.quantize or str(runtime.dtype)
+        name = f"{__version__} {key_of(Path(message.folder), form)}"
+        spill = SpillConfig(folder=Path(message.pages), model=name, max_bytes=message.disk_bytes)
+    return model, Engine(model.network, max_slots=message.max_slots, max_tokens=message.max_tokens, spill=spill)
 
 
 def main() -> None:
@@ -249,14 +264,15 @@ def run(channel: socket.socket) -> None:
 
     send(Ready(engine={**model.runtime.describe(), **computed_by(model.network)}))
     worker = Worker(model, engine, send)
-    inbox = Inbox(channel, frames, worker.prepare)
-    while True:
+    inbox = Inbox(channel, frames, worker.prepare, closing=first.pages is not None)
+    while not inbox.ended:
         if not engine.has_work:
             inbox.wait()
         for task in inbox.take():
             task()
         if engine.has_work:
             worker.step()
+    engine.close()
 
 
 def _first(channel: socket.socket, frames: Frames) -> Start:
