@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from glasklar.engine.cpu import library
 from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, Packer, pack
-from glasklar.errors import CheckpointError
+from glasklar.errors import CapacityError, CheckpointError
 from glasklar.model.attention import document_mask
 from glasklar.model.config import ModelConfig
 from glasklar.model.transformer import Transformer
@@ -231,6 +231,20 @@ def test_builds_for_lesser_cpus_are_chosen_where_features_are_missing(monkeypatc
         chosen.append(library.best() if tier else library.best() is plain)
     library.load.cache_clear()
     assert chosen == ["avx512", "vnni", "avx2", True]
+
+
+def test_a_library_of_another_version_is_refused() -> None:
+    class Older:
+        """As compiled before the layout could be asked for."""
+
+    class Newer:
+        @staticmethod
+        def glasklar_layout(found: ctypes.Array[ctypes.c_int32]) -> None:
+            found[:] = [library.VERSION + 1, *library.LAYOUT[1:]]
+
+    for other in (Older(), Newer()):
+        with pytest.raises(CapacityError, match=r"_vnni\.so: compiled for another version.*install"):
+            library.check_layout(other, "_vnni.so")  # type: ignore[arg-type]
 
 
 def test_tokens_are_drawn_from_the_logits() -> None:

@@ -11,7 +11,20 @@ import pytest
 from glasklar.engine.request import SamplingParams, TokenEvent
 from glasklar.errors import BusyError, CapacityError, RequestError
 from glasklar.serve.grammar import GuideSpec
-from glasklar.serve.messages import Call, Cancel, Frames, Message, Ready, Refused, Reply, Start, Submit, Tokens, frame
+from glasklar.serve.messages import (
+    Call,
+    Cancel,
+    Frames,
+    Loading,
+    Message,
+    Ready,
+    Refused,
+    Reply,
+    Start,
+    Submit,
+    Tokens,
+    frame,
+)
 
 PARAMS = SamplingParams(temperature=0.7, seed=(1 << 63) + 5, stop_ids=(3, 4), logit_bias={7: -1.5})
 EVENT = TokenEvent(request=9, token=0, logprob=-0.1, cached=16, drafted=4, accepted=3)
@@ -24,6 +37,7 @@ MESSAGES: list[Message] = [
     Submit(id=0, prompt=[0], params=SamplingParams()),
     Cancel(id=1),
     Call(id=2, name="inspect", arguments={"ids": [1, 2], "first": 1}),
+    Loading(done=1, total=1 << 40),
     Ready(engine={"device": "cpu"}),
     Reply(id=2, result={"layers": [1], "x": 0.1}),
     Tokens(events=[(0, TokenEvent(request=0, token=0, logprob=0.0)), (9, EVENT), (9, LAST)]),

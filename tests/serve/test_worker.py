@@ -22,7 +22,9 @@ from glasklar.loading import Model, load
 from glasklar.runtime import Runtime
 from glasklar.serve.grammar import GuideSpec
 from glasklar.serve.limits import Limits
+from glasklar.serve.messages import Loading, Message
 from glasklar.serve.service import ModelService
+from glasklar.serve.worker import Paced
 
 LONG = SamplingParams(max_tokens=1500, temperature=1.0, seed=1)
 SHORT = SamplingParams(max_tokens=12, temperature=1.0, seed=2)
@@ -264,6 +266,16 @@ def test_a_model_that_cannot_be_loaded_is_said_at_once(model: Model, tmp_path: P
     (folder / "model.safetensors").write_bytes(b"\x08" * 100)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         ModelService(damaged)
+
+
+def test_loading_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Message] = []
+    paced = Paced(sent.append)
+    paced(1, 10)
+    assert sent == []  # a small model is there before anybody has seen a bar
+    monkeypatch.setattr("glasklar.serve.worker.LOADING_SECONDS", -1.0)
+    paced(5, 10)
+    assert sent == [Loading(done=5, total=10)]
 
 
 def test_it_does_not_outlive_its_server(model: Model, tmp_path: Path) -> None:

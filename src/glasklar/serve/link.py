@@ -17,7 +17,7 @@ from typing import Protocol
 from glasklar.errors import CapacityError, GlasklarError
 from glasklar.runtime import prepare
 from glasklar.serve.limits import Limits
-from glasklar.serve.messages import Failed, Frames, Message, Ready, Start, frame
+from glasklar.serve.messages import Failed, Frames, Loading, Message, Ready, Start, frame
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ class Listener(Protocol):
     def busy(self) -> bool:
         """Whether the engine owes an answer."""
         ...
+
+    def engine_loads(self, message: Loading) -> None: ...
 
     def engine_ready(self, message: Ready) -> None: ...
 
@@ -166,7 +168,9 @@ class Link:
         if isinstance(message, Ready):
             self.listener.engine_ready(message)
             return True
-        if isinstance(message, Failed):
+        if isinstance(message, Loading):
+            self.listener.engine_loads(message)
+        elif isinstance(message, Failed):
             self.listener.engine_fails(message.error)
         else:
             self.listener.engine_says(message)

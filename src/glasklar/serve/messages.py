@@ -69,6 +69,14 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loading:
+    """The model is being loaded: bytes read, and bytes in all."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ready:
     """The model is loaded. `engine`: what computes it, for the record."""
 
@@ -108,7 +116,7 @@ class Failed:
 
 
 ToEngine = Start | Submit | Cancel | Call
-FromEngine = Ready | Tokens | Refused | Reply | Failed
+FromEngine = Loading | Ready | Tokens | Refused | Reply | Failed
 Message = ToEngine | FromEngine
 
 # --- frames ------------------------------------------------------------------------------------------------------
@@ -162,6 +170,8 @@ def message_of(table: Any) -> Message:
                 return Start(**table)
             case "Call":
                 return Call(**table)
+            case "Loading":
+                return Loading(**table)
             case "Ready":
                 return Ready(**table)
             case "Refused" | "Failed" | "Reply":

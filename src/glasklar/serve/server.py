@@ -17,8 +17,10 @@ from typing import Any
 
 import h11
 import uvicorn
+from rich.console import Console
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from glasklar.display import bytes_progress
 from glasklar.errors import CapacityError, RequestError
 from glasklar.loading import ModelFolder, pages_under
 from glasklar.serve.access import FILE, Access
@@ -228,7 +230,10 @@ def serve(model: ModelFolder, site: Site, *, run: Path | None = None, tracing: T
     `tracing`, which finds what its training documents hold."""
     allow_many_connections()
     with opened(site) as (listening, door), terminable():
-        service = ModelService(model, site.limits, alone=door.alone, pages=pages_under(site.home))
+        with bytes_progress(Console(stderr=True), f"loading {model.name}") as progress:
+            service = ModelService(
+                model, site.limits, alone=door.alone, pages=pages_under(site.home), progress=progress
+            )
         news = None if run is None else RunNews(run)
         url = url_of(listening, site)
         listening.listen(BACKLOG)  # whoever reads the next line may call at once

@@ -23,7 +23,7 @@ from glasklar.serve.fair import FairQueue, Ticket
 from glasklar.serve.grammar import GuideMaker, GuideSpec
 from glasklar.serve.limits import Limits
 from glasklar.serve.link import Link, lost_error
-from glasklar.serve.messages import Call, Cancel, Message, Ready, Refused, Reply, Start, Submit, Tokens
+from glasklar.serve.messages import Call, Cancel, Loading, Message, Ready, Refused, Reply, Start, Submit, Tokens
 from glasklar.serve.receipts import given
 from glasklar.serve.schema import MAX_CHOICES
 
@@ -52,8 +52,9 @@ Delivery = tuple[Waiter, TokenEvent | GlasklarError]
 class ModelService:
     """One model behind one engine. Made when the engine is ready, or an error is raised that says why it is not.
 
-    alone   whether there is one key only at the moment, which need not leave anything to others
-    pages   folder of cache pages on disk, if the limits grant them room
+    alone      whether there is one key only at the moment, which need not leave anything to others
+    pages      folder of cache pages on disk, if the limits grant them room
+    progress   is told bytes loaded and bytes in all, now and then, from another thread
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class ModelService:
         *,
         alone: Callable[[], bool] = lambda: True,
         pages: Path | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         if model.tokenizer is None:
             raise CheckpointError(f"{model.folder}: has no tokenizer.json; use `glasklar generate --prompt-ids`")
         self.model, self.tokenizer, self.name = model, model.tokenizer, model.name
-        self.limits = limits or Limits()
+        self.limits, self._progress = limits or Limits(), progress
         self.guides = GuideMaker(model.tokenizer, model.config.vocab_size)  # to check grammars; the engine has its own
         self.engine: dict[str, Any] = {}
         self._lock = threading.RLock()
@@ -300,6 +302,9 @@ class ModelService:
     @property
     def busy(self) -> bool:
         return self._queue.running > 0 or bool(self._calls)
+
+    def engine_loads(self, message: Loading) -> None:
+        self._progress(message.done, message.total)
 
     def engine_ready(self, message: Ready) -> None:
         with self._lock:

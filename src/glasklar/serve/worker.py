@@ -33,6 +33,7 @@ from glasklar.serve.messages import (
     Cancel,
     Failed,
     Frames,
+    Loading,
     Message,
     Ready,
     Refused,
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], None]
 
+LOADING_SECONDS = 0.2  # between two messages about loading
 SIGN_OF_LIFE = 1.0  # seconds of work without a token after which an empty message goes out
 
 
@@ -215,7 +217,7 @@ ASIDE: Calls = {"inspect": inspect}
 # --- the process -------------------------------------------------------------------------------------------------
 
 
-def open_model(message: Start) -> tuple[Model, Engine]:
+def open_model(message: Start, progress: Callable[[int, int], None]) -> tuple[Model, Engine]:
     """Loads what `message` names. torch is imported here, after its number of threads is settled."""
     threads = prepare(message.threads)
     runtime = start(threads, device=message.device, compute=message.compute)  # type: ignore[arg-type]
@@ -225,7 +227,7 @@ def open_model(message: Start) -> tuple[Model, Engine]:
     from glasklar.loading import load
 
     cache = None if message.cache is None else Path(message.cache)
-    model = load(message.folder, runtime, quantize=message.quantize, cache=cache)
+    model = load(message.folder, runtime, quantize=message.quantize, cache=cache, progress=progress)
     spill = None
     if message.pages is not None:
         form = message.quantize or str(runtime.dtype)
@@ -256,7 +258,7 @@ def run(channel: socket.socket) -> None:
     frames = Frames()
     first = _first(channel, frames)
     try:
-        model, engine = open_model(first)
+        model, engine = open_model(first, Paced(send))
     except GlasklarError as error:
         send(Failed(error=error))
         return
@@ -273,6 +275,19 @@ def run(channel: socket.socket) -> None:
         if engine.has_work:
             worker.step()
     engine.close()
+
+
+class Paced:
+    """Tells the server how far loading is, a few times a second."""
+
+    def __init__(self, send: Callable[[Message], None]) -> None:
+        self._send, self._last = send, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last > LOADING_SECONDS:
+            self._last = now
+            self._send(Loading(done=done, total=total))
 
 
 def _first(channel: socket.socket, frames: Frames) -> Start:

@@ -7,6 +7,8 @@ import functools
 import importlib.util
 from typing import Any
 
+from glasklar.errors import CapacityError
+
 # Fastest first, with the level of CPU that each needs (`glasklar_tier`).
 VARIANTS = {"avx512": 3, "vnni": 2, "avx2": 1, "plain": 0}
 
@@ -81,8 +83,12 @@ class Pass(Struct):
     ]  # fmt: skip
 
 
+VERSION = 1  # of network.cpp
+LAYOUT = [VERSION, *(ctypes.sizeof(struct) for struct in (Matrix, Embedding, Shape, Layer, Draft, Pass))]
+
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glasklar_tier": (i32, []),
+    "glasklar_layout": (None, [p]),
     "glasklar_network": (p, [p, p, p, p, p, p, i32]),
     "glasklar_free": (None, [p]),
     "glasklar_pass": (None, [p, p]),
@@ -115,7 +121,19 @@ def _open(variant: str) -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
+    check_layout(library, spec.origin)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def check_layout(library: ctypes.CDLL, path: str) -> None:
+    """Raises CapacityError for a library that was compiled from other sources than these declarations describe: its
+    numbers would be nonsense."""
+    found = (i32 * len(LAYOUT))()
+    ask = getattr(library, "glasklar_layout", None)
+    if ask is not None:
+        ask(found)
+    if list(found) != LAYOUT:
+        raise CapacityError(f"{path}: compiled for another version of glasklar; install the package again (make setup)")

@@ -541,6 +541,13 @@ EXPORT int glasklar_tier() {
     return 0;
 }
 
+// What the caller's declarations must agree with; raise VERSION when the same bytes come to mean something else.
+constexpr int32_t VERSION = 1;
+EXPORT void glasklar_layout(int32_t* layout) {
+    const int32_t found[] = {VERSION, sizeof(Matrix), sizeof(Embedding), sizeof(Shape), sizeof(Layer), sizeof(Draft), sizeof(Pass)};
+    std::memcpy(layout, found, sizeof found);
+}
+
 EXPORT Network* glasklar_network(const Shape* shape, const Layer* layers, const Embedding* embedding, const float* final_norm, const Matrix* head,
                                  const Draft* draft, int threads) {
     return new Network(*shape, layers, *embedding, final_norm, *head, draft, threads);
