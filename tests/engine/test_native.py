@@ -240,11 +240,16 @@ def test_a_library_of_another_version_is_refused() -> None:
     class Newer:
         @staticmethod
         def glasklar_layout(found: ctypes.Array[ctypes.c_int32]) -> None:
-            found[:] = [library.VERSION + 1, *library.LAYOUT[1:]]
+            found[:] = [library.VERSION + 1, library.VARIANTS["vnni"], *library.SIZES]
 
-    for other in (Older(), Newer()):
+    class OfAnotherCpu:
+        @staticmethod
+        def glasklar_layout(found: ctypes.Array[ctypes.c_int32]) -> None:
+            found[:] = [library.VERSION, library.VARIANTS["avx2"], *library.SIZES]
+
+    for other in (Older(), Newer(), OfAnotherCpu()):
         with pytest.raises(CapacityError, match=r"_vnni\.so: compiled for another version.*install"):
-            library.check_layout(other, "_vnni.so")  # type: ignore[arg-type]
+            library.check_layout(other, "vnni", "_vnni.so")  # type: ignore[arg-type]
 
 
 def test_tokens_are_drawn_from_the_logits() -> None:

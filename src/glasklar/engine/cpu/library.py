@@ -84,7 +84,7 @@ class Pass(Struct):
 
 
 VERSION = 1  # of network.cpp
-LAYOUT = [VERSION, *(ctypes.sizeof(struct) for struct in (Matrix, Embedding, Shape, Layer, Draft, Pass))]
+SIZES = [*(ctypes.sizeof(struct) for struct in (Matrix, Embedding, Shape, Layer, Draft, Pass))]
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glasklar_tier": (i32, []),
@@ -121,19 +121,20 @@ def _open(variant: str) -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    check_layout(library, spec.origin)
+    check_layout(library, variant, spec.origin)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
 
 
-def check_layout(library: ctypes.CDLL, path: str) -> None:
-    """Raises CapacityError for a library that was compiled from other sources than these declarations describe: its
-    numbers would be nonsense."""
-    found = (i32 * len(LAYOUT))()
+def check_layout(library: ctypes.CDLL, variant: str, path: str) -> None:
+    """Raises CapacityError for a library that was compiled from other sources than these declarations describe, or for
+    another CPU than its name says: its numbers would be nonsense."""
+    wanted = [VERSION, VARIANTS[variant], *SIZES]
+    found = (i32 * len(wanted))()
     ask = getattr(library, "glasklar_layout", None)
     if ask is not None:
         ask(found)
-    if list(found) != LAYOUT:
+    if list(found) != wanted:
         raise CapacityError(f"{path}: compiled for another version of glasklar; install the package again (make setup)")

@@ -541,10 +541,20 @@ EXPORT int glasklar_tier() {
     return 0;
 }
 
-// What the caller's declarations must agree with; raise VERSION when the same bytes come to mean something else.
+// What the caller's declarations must agree with: VERSION, to be raised when the same bytes come to mean something else; which
+// CPU this build is for, as in glasklar_tier; sizes of the structs.
+#if defined(__AVX512BF16__)
+#define BUILT_FOR 3
+#elif defined(__AVX512F__)
+#define BUILT_FOR 2
+#elif defined(__AVX2__)
+#define BUILT_FOR 1
+#else
+#define BUILT_FOR 0
+#endif
 constexpr int32_t VERSION = 1;
 EXPORT void glasklar_layout(int32_t* layout) {
-    const int32_t found[] = {VERSION, sizeof(Matrix), sizeof(Embedding), sizeof(Shape), sizeof(Layer), sizeof(Draft), sizeof(Pass)};
+    const int32_t found[] = {VERSION, BUILT_FOR, sizeof(Matrix), sizeof(Embedding), sizeof(Shape), sizeof(Layer), sizeof(Draft), sizeof(Pass)};
     std::memcpy(layout, found, sizeof found);
 }
 

@@ -264,6 +264,18 @@ EXPORT int glasklar_level() {
     return 0;
 }
 
+// What this build is for, in the numbers of glasklar_level: builds of one source must not be taken for each other.
+#if defined(__AVX512BF16__)
+#define BUILT_FOR 3
+#elif defined(__AVX512F__)
+#define BUILT_FOR 2
+#elif defined(__AVX2__)
+#define BUILT_FOR 1
+#else
+#define BUILT_FOR 0
+#endif
+EXPORT int glasklar_built_for() { return BUILT_FOR; }
+
 EXPORT void route_forward(const float* logits, const float* bias, int64_t* ids, float* weights, float* scores,
                           int64_t rows, const int64_t* shape, float scaling, int threads) {
     const RouteShape r = route_shape(shape, scaling);

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from glasklar.errors import CapacityError
+
 # Table name -> extension module; fastest first, with the level of CPU that it needs (`glasklar_level` in kernels.cpp).
 VARIANTS = {
     "cpu_avx512": ("_avx512", 3), "cpu_avx512_fp32": ("_avx512_fp32", 2), "cpu_avx2": ("_avx2", 1),
@@ -45,8 +47,13 @@ KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctyp
 class Library:
     """One compiled variant. `library("rotate", dtype)` is the C function for tensors of that type."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, built_for: int) -> None:
         handle = ctypes.CDLL(path)
+        ask = getattr(handle, "glasklar_built_for", None)
+        if ask is None or ask() != built_for:
+            raise CapacityError(
+                f"{path}: compiled for another version of glasklar; install the package again (make setup)"
+            )
         self.level: int = handle.glasklar_level()
         self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for name, kinds in BY_TYPE.items():
@@ -74,13 +81,13 @@ def load(variant: str) -> Library | None:
     """The library of a variant, or None where it was not compiled or this CPU cannot run it."""
     module, level = VARIANTS[variant]
     # The plain build tells what the CPU can do; loading another one is safe only after that.
-    plain = _open("_plain")
+    plain = _open("_plain", 0)
     if plain is None or plain.level < level:
         return None
-    return _open(module)
+    return _open(module, level)
 
 
 @functools.cache
-def _open(module: str) -> Library | None:
+def _open(module: str, built_for: int) -> Library | None:
     spec = importlib.util.find_spec(f"{__package__}.{module}")
-    return None if spec is None or spec.origin is None else Library(spec.origin)
+    return None if spec is None or spec.origin is None else Library(spec.origin, built_for)
