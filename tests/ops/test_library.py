@@ -19,5 +19,5 @@ def test_a_build_under_another_ones_name_is_refused(name: str) -> None:
     assert spec is not None
     assert spec.origin is not None
     Library(spec.origin, level)
-    with pytest.raises(CapacityError, match="compiled for another version.*install"):
+    with pytest.raises(CapacityError, match=r"compiled for another version.*install"):
         Library(spec.origin, level + 1)
