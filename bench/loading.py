@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from glasklar.runtime import prepare, start
+from glasklar.runtime import peak_bytes, prepare, start
 
 ALLOWED = 300e6  # bytes beyond the loaded model and the largest tensor
 SHARD = 1 << 30
@@ -112,7 +111,10 @@ def measure(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    found = peak_bytes()
+    if found is None:
+        sys.exit("this system does not tell a process's peak of memory (no /proc)")
+    return found
 
 
 def main() -> None:

@@ -23,15 +23,14 @@ FIELDS = {
     "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 4096, "rope_interleave": False,
 }  # fmt: skip
 PROGRAM = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
-from glasklar.runtime import prepare, start
+from glasklar.runtime import peak_bytes as peak, prepare, start
 runtime = start(prepare(2))
 from glasklar.loading import load
 from glasklar.model.checkpoint import open_checkpoint
 folder, dtype, quantize = Path(sys.argv[1]), *(None if word == "-" else word for word in sys.argv[2:])
 load(folder.parent / "tiny", runtime, dtype, quantize=quantize)  # whatever libraries need once
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 before, told = peak(), []
 network = load(
     folder, runtime, dtype, quantize=quantize, progress=lambda done, total: told.append(done / total)

@@ -27,6 +27,7 @@ FLOAT, BF16, INT8, INT4 = range(4)
 KINDS = {"float32": FLOAT, "bfloat16": BF16, "int8": INT8, "int4": INT4}
 GROUP, TILE = 32, 16
 RUN = 64  # tiles packed at once
+PIECE = 1 << 22  # values looked at at once
 
 
 class Entries(Protocol):
@@ -152,7 +153,7 @@ class Packer:
 
         def entry(copy: int) -> Tensor:
             source = weights[copy]
-            if kind >= INT8 and not bool(torch.isfinite(source).all()):
+            if kind >= INT8 and not is_finite(source):
                 # Rounding would turn them into ordinary numbers.
                 raise CheckpointError(
                     f"a weight matrix [{outputs}, {inputs}] holds values that are not finite: the model is damaged; "
@@ -266,6 +267,12 @@ class Packer:
             self._feed_forward(
                 packed, get("shared_experts.gate_up_proj.weight"), get("shared_experts.down_proj.weight")
             )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether all values are. By pieces: what torch makes on the way takes twice the memory of what it looks at."""
+    rows = max(1, PIECE // max(1, weight[0].numel())) if weight.ndim > 1 and len(weight) else 1
+    return all(bool(torch.isfinite(piece).all()) for piece in weight.split(rows))
 
 
 def vector(weight: Tensor) -> Tensor:
