@@ -133,6 +133,7 @@ def serve(
     threads: Threads = None,
 ) -> None:
     """Serve a model: OpenAI-compatible API and a page."""
+    from glasklar.display import bytes_progress
     from glasklar.loading import find_model, open_folder, packed_under
     from glasklar.serve.server import Site
     from glasklar.serve.server import serve as run_server
@@ -154,7 +155,13 @@ def serve(
     found = open_folder(find_model(model, _home()), runtime, dtype, quantize, packed_under(_home()))
     folder = found.folder.parent
     run = folder if (folder / "metrics.jsonl").is_file() else None
-    run_server(found, site, run=run, tracing=_tracing(run, runtime))
+    run_server(
+        found,
+        site,
+        run=run,
+        tracing=_tracing(run, runtime),
+        loading=lambda: bytes_progress(err, f"loading {found.name}"),
+    )
 
 
 keys = typer.Typer(help="Keys with which others may use a server, and what each has used.", no_args_is_help=True)

@@ -9,18 +9,16 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import h11
 import uvicorn
-from rich.console import Console
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from glasklar.display import bytes_progress
 from glasklar.errors import CapacityError, RequestError
 from glasklar.loading import ModelFolder, pages_under
 from glasklar.serve.access import FILE, Access
@@ -34,6 +32,8 @@ from glasklar.serve.news import RunNews
 from glasklar.serve.receipts import Receipts
 from glasklar.serve.service import ModelService
 from glasklar.serve.trace import Tracing
+
+Progress = Callable[[int, int], None]
 
 BACKLOG = 4096  # connections that the system keeps until they are taken
 IDLE_SECONDS = 30  # after which a connection without a request is closed
@@ -225,12 +225,23 @@ def server_of(backend: Backend, door: Door, site: Site) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def serve(model: ModelFolder, site: Site, *, run: Path | None = None, tracing: Tracing | None = None) -> None:
-    """Serves a model until Ctrl-C. If it came from a run: `run`, the folder whose training the page shows, and
-    `tracing`, which finds what its training documents hold."""
+def serve(
+    model: ModelFolder,
+    site: Site,
+    *,
+    run: Path | None = None,
+    tracing: Tracing | None = None,
+    loading: Callable[[], AbstractContextManager[Progress]] = lambda: nullcontext(lambda done, total: None),
+) -> None:
+    """Serves a model until Ctrl-C.
+
+    run       the run that it came from, whose training the page shows
+    tracing   finds what its training documents hold
+    loading   open while the model is loaded; gives what is told bytes read and bytes in all
+    """
     allow_many_connections()
     with opened(site) as (listening, door), terminable():
-        with bytes_progress(Console(stderr=True), f"loading {model.name}") as progress:
+        with loading() as progress:
             service = ModelService(
                 model, site.limits, alone=door.alone, pages=pages_under(site.home), progress=progress
             )

@@ -20,10 +20,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glasklar import __version__
 from glasklar.engine.guide import Guide
 from glasklar.errors import GlasklarError, RequestError
 from glasklar.runtime import prepare, resident_bytes, start
@@ -231,7 +231,7 @@ def open_model(message: Start, progress: Callable[[int, int], None]) -> tuple[Mo
     spill = None
     if message.pages is not None:
         form = message.quantize or str(runtime.dtype)
-        name = f"{__version__} {key_of(Path(message.folder), form)}"
+        name = f"{version('glasklar')} {key_of(Path(message.folder), form)}"
         spill = SpillConfig(folder=Path(message.pages), model=name, max_bytes=message.disk_bytes)
     return model, Engine(model.network, max_slots=message.max_slots, max_tokens=message.max_tokens, spill=spill)
 
