@@ -134,7 +134,7 @@ class Peer:
 
     def run(self, figure: Figure, turn: int) -> float:
         """Seconds of one pass of the figure; the cache is filled up to its context before."""
-        self._fill(figure)
+        self._fill(figure, turn)
         begin = time.perf_counter()
         if figure.rows > 1 or figure.tokens == 1:
             self._decode([(row, figure.context + turn) for row in range(figure.rows)], outputs=True)
@@ -147,9 +147,11 @@ class Peer:
             self.filled = (0, 0)
         return seconds
 
-    def _fill(self, figure: Figure) -> None:
+    def _fill(self, figure: Figure, turn: int) -> None:
         wanted = (figure.rows, figure.context)
         if self.filled == wanted and figure.tokens == 1:
+            for row in range(figure.rows):  # turns begin again where a figure is measured a second time
+                self.llama.llama_memory_seq_rm(self.memory, row, figure.context + turn, -1)
             return
         if figure.context < self.filled[1] or figure.rows != 1 or self.filled[0] != 1:
             self.llama.llama_memory_clear(self.memory, True)
