@@ -62,6 +62,20 @@ def test_planted_spans_are_all_found(index: TraceIndex, documents: PackedDocumen
     assert missed == []
 
 
+def test_what_begins_or_ends_like_thousands_of_others_is_found() -> None:
+    """Every window that the index keeps of such a span may be boilerplate: templates, markup, licence headers."""
+    rng, length = np.random.default_rng(6), 40
+    ids = rng.integers(0, 50_000, 3000 * length).astype(np.int32).reshape(3000, length)
+    ids[:, 10:30] = rng.integers(0, 50_000, 20)
+    documents = packed(ids.reshape(-1), length)
+    index = TraceIndex.build(documents)
+    for document in rng.integers(0, 3000, 100).tolist():
+        for first in (7, 13):
+            query = ids[document, first : first + 20].tolist()
+            found = index.find(query)[0]
+            assert (found.start, found.stop, found.document, found.place) == (0, 20, document, first)
+
+
 def test_nothing_is_found_where_nothing_is(index: TraceIndex) -> None:
     query = np.random.default_rng(4).integers(0, 50_000, 2000)
     assert index.find(query.tolist()) == []
@@ -88,7 +102,7 @@ def test_boilerplate_stays_cheap() -> None:
     spans = index.find([*common.tolist(), *own.tolist()])
     assert time.perf_counter() - began < 0.5  # a tenth of it on an idle machine; without a limit it takes minutes
     assert (200, 260, 2718, 180) in {(s.start, s.stop, s.document, s.place) for s in spans}
-    assert any((s.start, s.stop) == (0, 200) for s in spans)
+    assert any(s.start == 0 and s.stop >= 200 for s in spans)  # one document happens to go on a token longer
     assert len(spans) <= 20
 
 

@@ -26,8 +26,10 @@ from glasklar.provenance.files import write_atomic
 
 K, W = 8, 8
 SHORTEST = K + W - 1
-# Most places looked at for one fingerprint: boilerplate stands in thousands of documents, and some of them will do.
-MOST_PLACES = 64
+# Most places taken for one fingerprint, and most looked at for those with the longest stretches: boilerplate stands in
+# thousands of documents, of which some will do, but the one that goes on like the query must be among them.
+MOST_PLACES, MOST_LOOKED_AT = 64, 1 << 17
+_LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 Ids = NDArray[np.int32]
 
@@ -118,15 +120,16 @@ class TraceIndex:
             # Boilerplate: what enough documents are known to hold needs no further ones.
             if sum(span.start <= at and at + K <= span.stop for span in found.values()) >= most:
                 continue
-            for place in self._places(prints[at], query[at : at + K]):
+            for place in self._places(prints[at], query, at):
                 span = self._extend(query, at, place)
                 if span.stop - span.start >= shortest:
                     found.setdefault((span.document, span.place - span.start), span)
         spans = sorted(found.values(), key=lambda s: (s.start - s.stop, s.start, s.document, s.place))
         return _limit(spans, most)
 
-    def _places(self, fingerprint: np.uint64, window: Ids) -> list[int]:
-        """Where a window stands in the corpus; at most MOST_PLACES, the first ones."""
+    def _places(self, fingerprint: np.uint64, query: Ids, at: int) -> list[int]:
+        """Where the window at `at` stands in the corpus; at most MOST_PLACES, those that share most of what is around
+        it, and of equal ones the first."""
         bits = (len(self.first) - 1).bit_length() - 1
         head = int(fingerprint >> np.uint64(64 - bits))
         bucket = self.places[self.first[head] : self.first[head + 1]].astype(np.int64)
@@ -134,9 +137,31 @@ class TraceIndex:
         if len(bucket) > MOST_PLACES:
             # Ordered by fingerprint: a binary search over fingerprints that are made on the spot.
             low = _bisect(flat, bucket, fingerprint)
-            bucket = bucket[low : low + MOST_PLACES]
-        same = (flat[bucket[:, None] + np.arange(K)] == window).all(axis=1)
-        return bucket[same].tolist()
+            high = _bisect(flat, bucket, fingerprint + np.uint64(1)) if fingerprint < _LAST else len(bucket)
+            bucket = bucket[low : min(high, low + MOST_LOOKED_AT)]
+        bucket = bucket[(flat[bucket[:, None] + np.arange(K)] == query[at : at + K]).all(axis=1)]
+        if len(bucket) > MOST_PLACES:
+            longest = np.argsort(-self._shared(query, at, bucket), kind="stable")[:MOST_PLACES]
+            bucket = bucket[np.sort(longest)]
+        return bucket.tolist()
+
+    def _shared(self, query: Ids, at: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many tokens around the window each place has in common with the query, inside its document."""
+        starts, flat = self.documents.starts, self.documents.ids
+        document = np.searchsorted(starts, places, "right") - 1
+        begin, end = starts[document], starts[document + 1]
+        shared = np.zeros(len(places), np.int64)
+        for steps in (range(-1, -at - 1, -1), range(K, len(query) - at)):
+            alive = np.arange(len(places))
+            for step in steps:
+                spot = places[alive] + step
+                inside = (begin[alive] <= spot) & (spot < end[alive])
+                alive, spot = alive[inside], spot[inside]
+                alive = alive[flat[spot] == query[at + step]]
+                if not len(alive):
+                    break
+                shared[alive] += 1
+        return shared
 
     def _extend(self, query: Ids, at: int, place: int) -> Span:
         """The whole common stretch around a common window, inside one document."""
