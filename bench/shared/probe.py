@@ -32,7 +32,7 @@ def start(side: str, files: Files, peer: Path | None) -> dict[str, float]:
         Peer(PeerWeights(llama, files), CACHE_TOKENS, 1, 0, THREADS).run(FIRST, 0)
         weights = files.gguf.stat().st_size
     seconds = time.perf_counter() - begin
-    return {"start": seconds, "peak": (runtime.peak_bytes() or 0) / 1e9, "weights": weights / 1e9}
+    return {"start": seconds, "peak": runtime.peak_bytes() / 1e9, "weights": weights / 1e9}
 
 
 @torch.inference_mode()

@@ -125,9 +125,8 @@ def serve(
     queued: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them")] = Limits.queued,
     cache_tokens: Annotated[int, typer.Option(min=16, help="Tokens that the cache holds")] = Limits.cache_tokens,
     cache_disk: Annotated[
-        float,
-        typer.Option(min=0, metavar="GB", help="Disk for what finds no room in the cache, kept for the next start"),
-    ] = 0.0,
+        int, typer.Option(min=0, metavar="GB", help="Disk for what finds no room in the cache, kept for the next start")
+    ] = 0,
     dtype: DType = None,
     quantize: Quantize = None,
     threads: Threads = None,
@@ -149,7 +148,7 @@ def serve(
         key_required=require_key,
         log=access_log,
         log_bodies=log_prompts,
-        limits=Limits(running=running, queued=queued, cache_tokens=cache_tokens, disk_bytes=int(cache_disk * 1e9)),
+        limits=Limits(running=running, queued=queued, cache_tokens=cache_tokens, disk_bytes=cache_disk * 10**9),
     )
     runtime = _runtime(threads)
     found = open_folder(find_model(model, _home()), runtime, dtype, quantize, packed_under(_home()))

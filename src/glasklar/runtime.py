@@ -90,14 +90,11 @@ def resident_bytes(pid: int) -> int | None:
         return None
 
 
-def peak_bytes() -> int | None:
-    """Most memory that this process has had in RAM; None where the system does not tell (no /proc). What getrusage says
-    begins with the memory of the process that started it."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return None
+def peak_bytes() -> int:
+    """Most memory that this process has had in RAM. (What getrusage says begins with the memory of the process that
+    started it.) Raises OSError where the system does not tell: it needs Linux's /proc."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
 
 
 def _cores() -> int:

@@ -29,7 +29,6 @@ SHORTEST = K + W - 1
 # Most places taken for one fingerprint, and most looked at for those with the longest stretches: boilerplate stands in
 # thousands of documents, of which some will do, but the one that goes on like the query must be among them.
 MOST_PLACES, MOST_LOOKED_AT = 64, 1 << 17
-_LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 Ids = NDArray[np.int32]
 
@@ -137,7 +136,7 @@ class TraceIndex:
         if len(bucket) > MOST_PLACES:
             # Ordered by fingerprint: a binary search over fingerprints that are made on the spot.
             low = _bisect(flat, bucket, fingerprint)
-            high = _bisect(flat, bucket, fingerprint + np.uint64(1)) if fingerprint < _LAST else len(bucket)
+            high = _bisect(flat, bucket, fingerprint, after=True)
             bucket = bucket[low : min(high, low + MOST_LOOKED_AT)]
         bucket = bucket[(flat[bucket[:, None] + np.arange(K)] == query[at : at + K]).all(axis=1)]
         if len(bucket) > MOST_PLACES:
@@ -191,13 +190,14 @@ def _winnow(prints: NDArray[np.uint64]) -> NDArray[np.int64]:
     return np.unique(place)
 
 
-def _bisect(flat: Ids, bucket: NDArray[np.int64], fingerprint: np.uint64) -> int:
-    """First place of a bucket whose window's fingerprint is not below `fingerprint`."""
+def _bisect(flat: Ids, bucket: NDArray[np.int64], fingerprint: np.uint64, *, after: bool = False) -> int:
+    """First place of a bucket whose window's fingerprint is not below `fingerprint`, or is above it (`after`)."""
     low, high = 0, len(bucket)
     while low < high:
         middle = (low + high) // 2
         at = int(bucket[middle])
-        if ngram_hashes(flat[at : at + K], K)[0] < fingerprint:
+        found = ngram_hashes(flat[at : at + K], K)[0]
+        if found < fingerprint or (after and found == fingerprint):
             low = middle + 1
         else:
             high = middle

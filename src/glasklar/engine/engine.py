@@ -108,7 +108,9 @@ class Engine:
             )  # fmt: skip
         else:
             if spill is not None:
-                raise RequestError("spill: only the C++ pass keeps pages; leave `spill` out, or `native`")
+                raise RequestError(
+                    "spill: only the C++ pass keeps pages; leave `spill` (serve --cache-disk) out, or `native`"
+                )
             if not isinstance(model, Transformer):
                 raise RequestError("packed weights need the C++ pass; leave `native` out")
             weight = model.embed_tokens.weight

@@ -270,8 +270,8 @@ class Packer:
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether all values are. By pieces: what torch makes on the way takes twice the memory of what it looks at."""
-    rows = max(1, PIECE // max(1, weight[0].numel())) if weight.ndim > 1 and len(weight) else 1
+    """By pieces: what torch makes to answer takes twice the memory of what it looks at."""
+    rows = max(1, PIECE // weight.shape[-1])
     return all(bool(torch.isfinite(piece).all()) for piece in weight.split(rows))
 
 

@@ -17,12 +17,11 @@ from typing import Protocol
 from glasklar.errors import CapacityError, GlasklarError
 from glasklar.runtime import prepare
 from glasklar.serve.limits import Limits
-from glasklar.serve.messages import Failed, Frames, Loading, Message, Ready, Start, frame
+from glasklar.serve.messages import CLOSING_SECONDS, Failed, Frames, Loading, Message, Ready, Start, frame
 
 log = logging.getLogger(__name__)
 
 TICK = 1.0  # seconds between looks at the clock
-CLOSING_SECONDS = 30.0  # in which an engine that keeps pages on disk must have written them
 LONGEST_PAUSE = 30.0  # seconds between attempts to start an engine that does not start
 PIECE = 1 << 18  # bytes read at once
 
@@ -77,7 +76,7 @@ class Link:
         """Ends the process and the thread."""
         self._closing.set()
         self._wake()
-        self._thread.join(timeout=60)
+        self._thread.join(timeout=2 * CLOSING_SECONDS)
         self._bell.close()
         self._ring.close()
 

@@ -15,6 +15,7 @@ from glasklar.engine.request import SamplingParams, TokenEvent
 from glasklar.errors import CapacityError, CheckpointError, GlasklarError, RequestError
 from glasklar.serve.grammar import GuideSpec
 
+CLOSING_SECONDS = 30.0  # in which an engine that keeps pages on disk must have written them when the server has gone
 MAX_FRAME = 1 << 28  # bytes; the longest prompts have a few MB
 _LENGTH = 4
 

@@ -29,6 +29,7 @@ from glasklar.errors import GlasklarError, RequestError
 from glasklar.runtime import prepare, resident_bytes, start
 from glasklar.serve.grammar import GuideMaker
 from glasklar.serve.messages import (
+    CLOSING_SECONDS,
     Call,
     Cancel,
     Failed,
@@ -84,8 +85,9 @@ class Inbox:
         finally:
             self.ended = True  # the server is gone; what is being computed is of use to nobody
             self._wake.set()
-            if not self._closing:
-                os._exit(0)
+            if self._closing:
+                time.sleep(CLOSING_SECONDS)  # in which the other thread ends the process, unless it hangs
+            os._exit(0)
 
     def wait(self) -> None:
         """Returns when there is something to do, or the other end has closed."""

@@ -84,7 +84,7 @@ class Pass(Struct):
 
 
 VERSION = 1  # of network.cpp
-SIZES = [*(ctypes.sizeof(struct) for struct in (Matrix, Embedding, Shape, Layer, Draft, Pass))]
+SIZES = [ctypes.sizeof(struct) for struct in (Matrix, Embedding, Shape, Layer, Draft, Pass)]
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glasklar_tier": (i32, []),
