@@ -11,7 +11,9 @@ checking    `verify` on untouched copies (false alarms) and on copies with one c
 replay      stretches drawn by a beacon, done again, compared bit for bit
 trace       planted spans in 10 million tokens with boilerplate
 receipts    answers that a server gives under 32-fold load, over its socket, verified by their receipts
-same        the recipe, shortened, carried out again: in two processes, killed with -9, on one thread
+same        the recipe, shortened, carried out again: in two processes, on one thread; data with 1 and 2 workers
+kills       the whole recipe carried out again, killed with -9 ten times in all stages; states compared with the run's
+            (not part of a call without `--only`: it takes twice as long as the run did)
 """
 
 from __future__ import annotations
@@ -367,12 +369,10 @@ def asked(web: httpx.Client, body: dict[str, Any]) -> tuple[str, int]:
     return reply.json()["id"], reply.json()["usage"]["prompt_cache_hit_tokens"]
 
 
-def same(run: Path, shorten: int, kills: int) -> dict[str, Any]:
-    """The run's recipe, shortened, carried out anew in processes of their own: twice from nothing, once killed with -9
-    at random moments, once on one thread. All states of all stages compared; the data also with one and two workers."""
-    from glasklar.audit.verify_replays import checkpoint_events
+def same(run: Path, shorten: int) -> dict[str, Any]:
+    """The run's recipe, shortened, carried out anew in processes of their own: twice from nothing, once on one thread.
+    All states of all stages compared; the data also with one and two workers."""
     from glasklar.corpus import prepare as prepare_corpus
-    from glasklar.provenance.ledger import read_ledger
     from glasklar.recipe import load_recipe
 
     with tempfile.TemporaryDirectory() as folder:
@@ -380,47 +380,76 @@ def same(run: Path, shorten: int, kills: int) -> dict[str, Any]:
         path = home / "short.toml"
         path.write_text(shortened((run / "recipe.toml").read_text(encoding="utf-8"), shorten), encoding="utf-8")
 
-        def command(name: str, *more: str) -> list[str]:
-            return [sys.executable, "-m", "glasklar.cli", "train", str(path), "--run", str(home / name), *more]
-
         def carried_out(name: str, *more: str) -> dict[str, str]:
-            subprocess.run(command(name, *more), check=True, capture_output=True, env=environment)
-            events, _ = read_ledger(home / name / "ledger.jsonl")
-            return {key: data["state_hash"] for key, data in checkpoint_events(events).items()}
+            command = [sys.executable, "-m", "glasklar.cli", "train", str(path), "--run", str(home / name), *more]
+            subprocess.run(command, check=True, capture_output=True, env={**os.environ, "GLASKLAR_HOME": folder})
+            return states(home / name)
 
-        environment = {**os.environ, "GLASKLAR_HOME": folder}
         took, first = timed(lambda: carried_out("first"))
         second = carried_out("second")
-        draw, done, moments = random.Random(time.time_ns()), 0, []
-        while done < kills:
-            with subprocess.Popen(command("killed"), stdout=-3, stderr=-3, env=environment) as process:
-                time.sleep(draw.uniform(0.1, 1.0) * took / 2)
-                if process.poll() is None:
-                    process.kill()
-                    moments.append(_steps_of(home / "killed"))
-                    done += 1
-                else:
-                    shutil.rmtree(home / "killed")  # it came to its end; begin anew with the kills that are left
-        killed = carried_out("killed")
         one = carried_out("one", "--threads", "1")
         recipe = load_recipe(str(path))
         facts = [prepare_corpus(recipe, home / f"data{n}", n).facts for n in (1, 2)]
-        equal = [name for name in first if first[name] == one.get(name)]
     return {
         "recipe": f"{recipe.name}, steps divided by {shorten}",
         "training, s": took,
         "states recorded, all stages": len(first),
         "equal in a second process": sum(second.get(name) == state for name, state in first.items()),
-        "kills -9 after so many steps": moments,
-        "equal after the kills": sum(killed.get(name) == state for name, state in first.items()),
         "data equal with 1 and 2 workers": facts[0] == facts[1],
-        "states equal on one thread": len(equal),
+        "states equal on one thread": sum(one.get(name) == state for name, state in first.items()),
     }
 
 
-def _steps_of(run: Path) -> int:
+def killed(run: Path, kills: int) -> dict[str, Any]:
+    """The run's recipe from nothing in processes that are killed with -9: once in every stage, the other times at
+    moments drawn evenly from the run's wall clock, so that data and evaluations are hit as well."""
+    recorded, draw = steps_of(run), random.Random(time.time_ns())
+    stages = sorted({stage for stage, _ in recorded})
+    moments = [draw.choice([i for i, (stage, _) in enumerate(recorded) if stage == name]) for name in stages]
+    ends = [0.0, *(seconds for _, seconds in recorded)]
+    for moment in (draw.uniform(0, ends[-1]) for _ in range(kills - len(stages))):
+        moments.append(sum(end <= moment for end in ends) - 1)
+    fell: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "run"
+        command = [sys.executable, "-m", "glasklar.cli", "train", str(run / "recipe.toml"), "--run", str(copy)]
+        work = {"stdout": -3, "stderr": -3, "env": {**os.environ, "GLASKLAR_HOME": folder}}
+        began = time.perf_counter()
+        for moment in sorted(moments):
+            with subprocess.Popen(command, **work) as process:
+                while len(steps_of(copy)) < moment and process.poll() is None:
+                    time.sleep(0.01)
+                time.sleep(draw.uniform(0, ends[moment + 1] - ends[moment]))
+                assert process.poll() is None, f"the process ended by itself after {len(steps_of(copy))} steps"
+                process.kill()
+            done = steps_of(copy)
+            fell.append(f"{done[-1][0]} {len(done)}" if done else "data")
+            print(f"killed: {fell[-1]}", file=sys.stderr)
+        subprocess.run(command, check=True, **work)
+        took = time.perf_counter() - began
+        wanted, found = states(run), states(copy)
+    return {
+        "killed with -9 at (stage, steps done)": fell,
+        "training with the kills, s": took,
+        "states recorded, all stages": len(wanted),
+        "equal after the kills": sum(found.get(name) == state for name, state in wanted.items()),
+    }
+
+
+def states(run: Path) -> dict[str, str]:
+    """The state hash of every checkpoint that the ledger has."""
+    from glasklar.audit.verify_replays import checkpoint_events
+    from glasklar.provenance.ledger import read_ledger
+
+    events, _ = read_ledger(run / "ledger.jsonl")
+    return {key: data["state_hash"] for key, data in checkpoint_events(events).items()}
+
+
+def steps_of(run: Path) -> list[tuple[str, float]]:
+    """Stage and seconds since the run's beginning of every step on record, a torn last line left out."""
     path = run / "metrics.jsonl"
-    return path.read_bytes().count(b'"stage"') if path.exists() else 0
+    lines = map(json.loads, path.read_bytes().split(b"\n")[:-1]) if path.exists() else []
+    return [(line["stage"], line["seconds"]) for line in lines if "stage" in line]
 
 
 def shortened(recipe: str, by: int) -> str:
@@ -435,13 +464,13 @@ def shortened(recipe: str, by: int) -> str:
     return text.replace("accuracy = 0.8, margin = 0.1", "accuracy = 0.0, margin = 0.0")
 
 
-PARTS = ("recording", "checking", "replay", "trace", "receipts", "same")
+PARTS = ("recording", "checking", "replay", "trace", "receipts", "same", "kills")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[:-1])
     parser.add_argument("--steps", type=int, default=40, help="training steps of a turn with or without the record")
     parser.add_argument("--copies", type=int, default=50)
     parser.add_argument("--flips", type=int, default=300)
@@ -467,7 +496,9 @@ def main() -> None:
     if "receipts" in only:
         result["receipts"] = receipts(run, runtime, arguments.receipts)
     if "same" in only:
-        result["same bits"] = same(run, arguments.shorten, arguments.kills)
+        result["same bits"] = same(run, arguments.shorten)
+    if "kills" in only:
+        result["kills"] = killed(run, arguments.kills)
     if arguments.json:
         print(json.dumps(result))
         return

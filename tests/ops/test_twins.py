@@ -64,6 +64,31 @@ def test_rms_norm_against_reference(twin: Ops, shape: tuple[int, ...], dtype: to
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(2, 5, 48), (7, 33), (90, 192)])
+def test_add_rms_norm_against_reference(twin: Ops, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Both results are used, so that two gradients meet."""
+    inputs = [leaf(*size, seed=30 + i, dtype=dtype) for i, size in enumerate([shape, shape, shape[-1:]])]
+    check(REFERENCE.add_rms_norm, twin.add_rms_norm, [*inputs, 1e-6], dtype)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_add_rms_norm_with_one_result_unused(twin: Ops, used: int) -> None:
+    inputs = [leaf(*size, seed=30 + i, dtype=torch.float32) for i, size in enumerate([(7, 33), (7, 33), (33,)])]
+
+    def gradients(ops: Ops) -> list[Tensor | None]:
+        result = ops.add_rms_norm(*inputs, 1e-6)[used]
+        loss = (result * normal(7, 33, seed=34)).sum()
+        return list(torch.autograd.grad(loss, inputs, allow_unused=True))
+
+    for wanted, found in zip(gradients(REFERENCE), gradients(twin), strict=True):
+        if wanted is None or found is None:
+            assert wanted is None
+            assert found is None or not found.any()
+        else:
+            torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize("heads", [None, 3])
 @pytest.mark.parametrize(("K", "R"), [(12, 12), (28, 12), (48, 32)])
@@ -110,6 +135,30 @@ def test_attention_against_reference(
         return lambda q, k, v: attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, K**-0.5)
 
     check(strided(REFERENCE.attention), strided(twin.attention), [q, k, v], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("B", "H", "T", "N", "R", "V"), [(2, 3, 7, 16, 8, 16), (1, 4, 33, 9, 10, 5), (2, 2, 70, 32, 16, 48)]
+)
+def test_latent_attention_against_reference(
+    twin: Ops, B: int, H: int, T: int, N: int, R: int, V: int, dtype: torch.dtype
+) -> None:
+    mask = document_mask(packed_segments(B, T), dtype)
+    q = leaf(B, T, H, N + R, seed=35, dtype=dtype)
+    kv, key = leaf(B, T, H, N + V, seed=36, dtype=dtype), leaf(B, T, R, seed=37, dtype=dtype)
+    check(REFERENCE.latent_attention, twin.latent_attention, [q, kv, key, mask, (N + R) ** -0.5], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("T", "D", "E"), [(1, 24, 8), (37, 33, 5), (300, 64, 19), (90, 128, 1)])
+def test_gate_against_reference(twin: Ops, T: int, D: int, E: int, dtype: torch.dtype) -> None:
+    """Weights and logits are fp32 in any case: logits decide, and keep all their digits."""
+    x, weight = leaf(T, D, seed=38, dtype=dtype), leaf(E, D, seed=39, dtype=torch.float32)
+    check(REFERENCE.gate, lambda x, w: twin.gate(x, w.float()), [x, weight], dtype)
+    logits = twin.gate(x.to(dtype), weight)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, REFERENCE.gate(x, weight), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

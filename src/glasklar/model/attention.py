@@ -177,12 +177,7 @@ class LatentAttention(nn.Module):
 
     def _expanded(self, q_BTHK: Tensor, latent_BTC: Tensor, key_BTR: Tensor, mask_BTS: Tensor) -> Tensor:
         kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (-1, self.N + self.V))
-        nope, v_BTHV = kv_BTHX.split((self.N, self.V), dim=-1)
-        k_BTHK = torch.cat((nope, key_BTR[:, :, None].expand(-1, -1, nope.shape[2], -1)), dim=-1)
-        scale = self.config.softmax_scale
-        return self.ops.attention(
-            q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2), mask_BTS, scale
-        )
+        return self.ops.latent_attention(q_BTHK, kv_BTHX, key_BTR, mask_BTS, self.config.softmax_scale)
 
     def _absorbed(self, q_BTHK: Tensor, rows_BSX: Tensor, mask_BTS: Tensor) -> Tensor:
         up_HXC = self.kv_b_proj.weight.view(-1, self.N + self.V, self.C)

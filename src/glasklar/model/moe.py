@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glasklar.model.config import ModelConfig
@@ -46,9 +45,10 @@ class FeedForward(nn.Module):
 class Gate(nn.Module):
     """Router weights (kept in fp32) and the bias that balances the experts' load without a loss."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         assert config.n_routed_experts is not None
+        self.ops = ops
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         # Part of the model (it decides who answers), yet moved by a rule and not by a gradient.
         bias = torch.zeros(config.n_routed_experts) if config.scoring_func == "sigmoid" else None
@@ -59,7 +59,8 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Logits [T, E] in fp32."""
-        return F.linear(x_TD.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        logits_TE = self.ops.gate(x_TD, self.weight)
+        return logits_TE if self.bias is None else logits_TE + self.bias.float()
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, speed: float) -> None:
@@ -85,7 +86,7 @@ class MixtureOfExperts(nn.Module):
         assert config.n_routed_experts is not None
         assert config.moe_intermediate_size is not None
         E, D, F_ = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate = Gate(config)
+        self.gate = Gate(config, ops)
         self.gate_up_EFD = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_EDF = nn.Parameter(torch.empty(E, D, F_))
         clamped = config.swiglu_limit is not None

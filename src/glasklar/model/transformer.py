@@ -39,6 +39,10 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added, and its norm."""
+        return self.ops.add_rms_norm(x, added, self.weight, self.eps)
+
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
@@ -57,8 +61,9 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, at: Positions, cache: LayerCache | None = None, absorbed: bool = False
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), at, cache, absorbed)
-        y_BTD, routing = self.mlp(self.post_attention_layernorm(x_BTD))
+        attended = self.self_attn(self.input_layernorm(x_BTD), at, cache, absorbed)
+        x_BTD, normed = self.post_attention_layernorm.add(x_BTD, attended)
+        y_BTD, routing = self.mlp(normed)
         return x_BTD + y_BTD, routing
 
 

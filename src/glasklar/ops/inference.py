@@ -25,6 +25,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * inverse[..., None]).mul_(weight).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `reference.add_rms_norm`."""
+    total = x + added
+    return total, rms_norm(total, weight, eps)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
     """As `reference.rotate`; neighbours are one complex number."""
     if x.shape[-1] > 2 * cos.shape[-1]:
@@ -49,6 +55,12 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, mask_BTS: Tensor, 
         scores = torch.baddbmm(mask, q_BHtK.reshape(B * G, H // G * t, K), k.mT, alpha=scale)
         parts.append(torch.bmm(scores.softmax(-1), v).view(B, H, t, -1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def latent_attention(q_BTHK: Tensor, kv_BTHX: Tensor, key_BTR: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:
+    """As `reference.latent_attention`."""
+    k, v = reference.latent_keys(kv_BTHX, key_BTR, q_BTHK.shape[-1])
+    return attention(q_BTHK.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask_BTS, scale)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -18,6 +18,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * weight.float()).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A residual connection and the norm behind it: x + added, and `rms_norm` of that."""
+    total = x + added
+    return total, rms_norm(total, weight, eps)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
     """Rotary positions (arXiv 2104.09864) on the last R values of `x` [..., K]; what stands before them stays.
 
@@ -50,6 +56,23 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, mask_BTS: Tensor, 
     return (weights.view(B, G, H // G * T, -1) @ v_BGSV).view(B, H, T, -1)
 
 
+def latent_keys(kv_BTHX: Tensor, key_BTR: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Keys [B, T, H, K] and values [B, T, H, V] of expanded MLA (DeepSeek-V2 eq. 12-18).
+
+    kv, key   each head's own K - R numbers of the key, then its value; the turned part that all heads share
+    width     K
+    """
+    own, v_BTHV = kv_BTHX.tensor_split((width - key_BTR.shape[-1],), dim=-1)
+    shared = key_BTR[:, :, None].expand(-1, -1, own.shape[2], -1)
+    return torch.cat((own, shared), dim=-1), v_BTHV
+
+
+def latent_attention(q_BTHK: Tensor, kv_BTHX: Tensor, key_BTR: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:
+    """`attention` of MLA with keys and values as `latent_keys` takes them, heads behind positions. [B, H, T, V]."""
+    k, v = latent_keys(kv_BTHX, key_BTR, q_BTHK.shape[-1])
+    return attention(q_BTHK.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask_BTS, scale)
+
+
 def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x W^T + b over the last axis; sums in fp32 at least."""
     return F.linear(x, weight_ND, bias_N)
@@ -77,6 +100,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def feed_forward(x: Tensor, gate_up_FD: Tensor, down_DF: Tensor) -> Tensor:
     """down(silu(gate x) * up x) for `x` [..., D]; gate and up lie in one matrix [2F, D]."""
     return F.linear(swiglu(F.linear(x, gate_up_FD)), down_DF)
+
+
+def gate(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Logits [T, E] of the gate, in fp32 whatever the type of `x`."""
+    return F.linear(x_TD.float(), weight_ED.float())
 
 
 def route(

@@ -25,10 +25,13 @@ class Ops:
 
     name: str
     rms_norm: Callable[..., Any] = reference.rms_norm
+    add_rms_norm: Callable[..., Any] = reference.add_rms_norm
     rotate: Callable[..., Any] = reference.rotate
     attention: Callable[..., Any] = reference.attention
+    latent_attention: Callable[..., Any] = reference.latent_attention
     linear: Callable[..., Any] = reference.linear
     feed_forward: Callable[..., Any] = reference.feed_forward
+    gate: Callable[..., Any] = reference.gate
     route: Callable[..., Any] = reference.route
     experts: Callable[..., Any] = reference.experts
     # gpt-oss alone; on CPUs it is the engine's C++ pass that has to be fast
@@ -52,8 +55,10 @@ REFERENCE = Ops(name="reference")
 TORCH_CPU = Ops(
     name="torch_cpu",
     rms_norm=_by_gradient(torch_cpu.rms_norm, inference.rms_norm),
+    add_rms_norm=_by_gradient(torch_cpu.add_rms_norm, inference.add_rms_norm),
     rotate=_by_gradient(torch_cpu.rotate, inference.rotate),
     attention=_by_gradient(torch_cpu.attention, inference.attention),
+    latent_attention=_by_gradient(torch_cpu.latent_attention, inference.latent_attention),
     feed_forward=_by_gradient(torch_cpu.feed_forward, inference.feed_forward),
     experts=_by_gradient(torch_cpu.experts, inference.experts),
     token_logprobs=_by_gradient(torch_cpu.token_logprobs, reference.token_logprobs),
@@ -71,8 +76,11 @@ def compiled(variant: str) -> Ops | None:
         linear=_by_gradient(kernels.linear, reference.linear),
         orthogonalise=kernels.orthogonalise,
         rms_norm=kernels.rms_norm,
+        add_rms_norm=kernels.add_rms_norm,
         rotate=kernels.rotate,
         attention=_by_gradient(kernels.attention, inference.attention),
+        latent_attention=_by_gradient(kernels.latent_attention, inference.latent_attention),
+        gate=kernels.gate,
         feed_forward=_by_gradient(kernels.feed_forward, inference.feed_forward),
         route=kernels.route,
         experts=_by_gradient(kernels.experts, inference.experts),

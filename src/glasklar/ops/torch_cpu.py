@@ -49,6 +49,12 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, mask_BTS: Tensor, 
     return out.view(B, H, T, -1)
 
 
+def latent_attention(q_BTHK: Tensor, kv_BTHX: Tensor, key_BTR: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:
+    """As `reference.latent_attention`."""
+    k, v = reference.latent_keys(kv_BTHX, key_BTR, q_BTHK.shape[-1])
+    return attention(q_BTHK.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask_BTS, scale)
+
+
 class _Experts(torch.autograd.Function):
     """Rows sorted by expert, one product an expert. The gate's weight is applied before the down-projection: its
     gradient then needs no second copy of the result."""
@@ -169,6 +175,12 @@ class _RmsNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`."""
     return _RmsNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `reference.add_rms_norm`."""
+    total = x + added
+    return total, rms_norm(total, weight, eps)
 
 
 class _Rotate(torch.autograd.Function):

@@ -54,15 +54,25 @@ void find_spans(int64_t rows, int64_t keys, const T* mask, Span* spans, int thre
     }
 }
 
+// Where row `i` of a group stands, counted on from row to row: divisions would take longer than a row of scores.
+struct Place {
+    Place(int64_t length, int i) : length(int(length)), head(i / int(length)), position(i % int(length)) {}
+    void next() {
+        if (++position == length) position = 0, ++head;
+    }
+    int length, head, position;
+};
+
 // Some rows of a group, whose heads' queries stand one after another: where each stands, and the keys that they see.
 struct QueryBlock {
     QueryBlock(const AttentionShape& s, const Span* spans, int64_t b, int64_t g, int first, int count)
         : first(first), count(count) {
         int low = int(s.S), high = 0;
         clear_from = 0, clear_to = int(s.S);
-        for (int m = 0; m < count; ++m) {
-            head[m] = g * (s.H / s.G) + (first + m) / int(s.T);
-            position[m] = (first + m) % int(s.T);
+        Place place(s.T, first);
+        for (int m = 0; m < count; ++m, place.next()) {
+            head[m] = g * (s.H / s.G) + place.head;
+            position[m] = place.position;
             const Span& span = spans[b * s.T + position[m]];
             low = std::min(low, int(span.from));
             high = std::max(high, int(span.to));
@@ -123,8 +133,10 @@ struct AttentionWork {
         const int64_t next = b * s.G + g + 1, group = heads / s.G;
         if (next == s.items()) return;
         const int last = std::min(from + count, int(group * length));
-        for (int i = from; i < last; ++i) {
-            const T* row = source.row(next / s.G, next % s.G * group + i / int(length), i % int(length));
+        const T* start = source.row(next / s.G, next % s.G * group, 0);
+        Place place(length, from);
+        for (int i = from; i < last; ++i, place.next()) {
+            const T* row = start + place.head * source.head + place.position * source.position;
             for (int byte = 0; byte < width * int(sizeof(T)); byte += 64)
                 __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
         }
@@ -298,9 +310,12 @@ class AttentionBackward {
     // total[key] += sum over rows [first, last) of paired[row][key] * source[row].
     void add_over_rows(const unit* paired, const Heads<const T>& source, int width, int first, int last, float* total) {
         Packed<T> right(stacked, last - first, width);
-        const int T_ = int(s.T), group = int(s.H / s.G);
-        right.stack(last - first, width, [&](int i) {
-            return source.row(work.b, work.g * group + (first + i) / T_, (first + i) % T_);
+        const T* start = source.row(work.b, work.g * (s.H / s.G), 0);
+        Place place(s.T, first);
+        right.stack(last - first, width, [&](int) {  // asks for each row once, in their order
+            const T* row = start + place.head * source.head + place.position * source.position;
+            place.next();
+            return row;
         });
         const int blocks = (last - first + QUERY_BLOCK - 1) / QUERY_BLOCK;
         for (int key = 0; key < keys; key += KEY_BLOCK) {

@@ -37,12 +37,16 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 def _strides(*tensors: Tensor) -> Any:
     """Strides of [B, heads, positions, width] tensors, without the last one."""
     return _numbers(*(stride for tensor in tensors for stride in tensor.stride()[:3]))
 
 
-def _by_position(B: int, H: int, T: int, width: int, like: Tensor) -> Tensor:
+def _by_position(B: int, H: int, T: int, width: int, *, like: Tensor) -> Tensor:
     """[B, H, T, width] that lies in memory as [B, T, H, width], as the projections around attention want it."""
     return like.new_empty(B, T, H, width).transpose(1, 2)
 
@@ -50,13 +54,7 @@ def _by_position(B: int, H: int, T: int, width: int, like: Tensor) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, library: Library) -> Tensor:
-        rows = _rows(x)
-        n, D = rows.shape
-        y, inverse = x.new_empty(x.shape), x.new_empty(n, dtype=torch.float32)
-        library("rms_norm_forward", x.dtype)(
-            rows.data_ptr(), rows.stride(0), weight.data_ptr(), eps, y.data_ptr(), inverse.data_ptr(),
-            n, D, torch.get_num_threads(),
-        )  # fmt: skip
+        y, inverse = _normalised(x, None, None, weight, eps, library)
         ctx.save_for_backward(x, weight, inverse)
         ctx.library = library
         return y
@@ -65,15 +63,60 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Grads:
         x, weight, inverse = ctx.saved_tensors
-        rows, grad = _rows(x), grads[0].contiguous()
-        n, D = rows.shape
-        grad_x, grad_weight = x.new_empty(x.shape), torch.empty_like(weight)
-        partial = x.new_empty(CHUNKS, D, dtype=torch.float32)
-        ctx.library("rms_norm_backward", x.dtype)(
-            rows.data_ptr(), rows.stride(0), weight.data_ptr(), inverse.data_ptr(), grad.data_ptr(), grad_x.data_ptr(),
-            partial.data_ptr(), grad_weight.data_ptr(), n, D, torch.get_num_threads(),
-        )  # fmt: skip
-        return grad_x, grad_weight, None, None
+        return *_normalised_backward(x, weight, inverse, grads[0], None, ctx.library), None, None
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor, weight: Tensor, eps: float, library: Library
+    ) -> tuple[Tensor, Tensor]:
+        total = x.new_empty(x.shape)
+        y, inverse = _normalised(x, added.contiguous(), total, weight, eps, library)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.library = library
+        ctx.set_materialize_grads(False)
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+        grad_total, grad = grads
+        if grad is None:
+            return grad_total, grad_total, None, None, None
+        total, weight, inverse = ctx.saved_tensors
+        grad_x, grad_weight = _normalised_backward(total, weight, inverse, grad, grad_total, ctx.library)
+        return grad_x, grad_x, grad_weight, None, None
+
+
+def _normalised(
+    x: Tensor, added: Tensor | None, total: Tensor | None, weight: Tensor, eps: float, library: Library
+) -> tuple[Tensor, Tensor]:
+    """Normalised rows of x (of x + added, which is written to `total`), and 1 / rms of each row."""
+    rows = _rows(x)
+    n, D = rows.shape
+    y, inverse = x.new_empty(x.shape), x.new_empty(n, dtype=torch.float32)
+    library("rms_norm_forward", x.dtype)(
+        rows.data_ptr(), rows.stride(0), _pointer(added), _pointer(total), weight.data_ptr(), eps, y.data_ptr(),
+        inverse.data_ptr(), n, D, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, inverse
+
+
+def _normalised_backward(
+    x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor, other: Tensor | None, library: Library
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, `other` added, and of the weight."""
+    rows, grad = _rows(x), grad.contiguous()
+    other = None if other is None else other.contiguous()
+    n, D = rows.shape
+    grad_x, grad_weight = x.new_empty(x.shape), torch.empty_like(weight)
+    partial = x.new_empty(CHUNKS, D, dtype=torch.float32)
+    library("rms_norm_backward", x.dtype)(
+        rows.data_ptr(), rows.stride(0), weight.data_ptr(), inverse.data_ptr(), grad.data_ptr(), _pointer(other),
+        grad_x.data_ptr(), partial.data_ptr(), grad_weight.data_ptr(), n, D, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x, grad_weight
 
 
 class _Rotate(torch.autograd.Function):
@@ -109,15 +152,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float, interleave: boo
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, library: Library) -> Tensor:
-        (B, H, T, K), (G, S), V = q.shape, k.shape[1:3], v.shape[-1]
         q, k, v, mask = _dense(q), _dense(k), _dense(v), mask.to(q.dtype).contiguous()
-        out = _by_position(B, H, T, V, q)
-        log_sums = q.new_empty(B, H, T, dtype=torch.float32)
-        spans = q.new_empty(B, T, SPAN, dtype=torch.int32)
-        library("attention_forward", q.dtype)(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(), scale, out.data_ptr(), log_sums.data_ptr(),
-            spans.data_ptr(), _numbers(B, H, G, T, S, K, V), _strides(q, k, v, out), torch.get_num_threads(),
-        )  # fmt: skip
+        out, log_sums, spans = _attend(q, k, v, mask, scale, library)
         ctx.save_for_backward(q, k, v, mask, out, log_sums, spans)
         ctx.scale, ctx.library = scale, library
         return out
@@ -125,19 +161,96 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        q, k, v, mask, out, log_sums, spans = ctx.saved_tensors
-        (B, H, T, K), (G, S), V = q.shape, k.shape[1:3], v.shape[-1]
-        grad = _dense(grads[0])
-        grad_q, grad_k, grad_v = (
-            _by_position(B, heads, n, width, q) for heads, n, width in ((H, T, K), (G, S, K), (G, S, V))
+        q, k, v = ctx.saved_tensors[:3]
+        into = tuple(_by_position(*x.shape, like=q) for x in (q, k, v))
+        _attend_backward(ctx.saved_tensors, grads[0], into, ctx.scale, ctx.library)
+        return *into, None, None, None
+
+
+class _LatentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, key: Tensor, mask: Tensor, scale: float, library: Library) -> Tensor:
+        q, kv, key, mask = _dense(q), kv.contiguous(), key.contiguous(), mask.to(q.dtype).contiguous()
+        (B, T, H, X), R, K = kv.shape, key.shape[-1], q.shape[-1]
+        k = kv.new_empty(B, T, H, K)
+        ctx.shape = _numbers(B * T, H, X, K - R, R)
+        library("join_keys", q.dtype)(kv.data_ptr(), key.data_ptr(), k.data_ptr(), ctx.shape, torch.get_num_threads())
+        k, v = k.transpose(1, 2), kv[..., K - R :].transpose(1, 2)
+        out, log_sums, spans = _attend(q.transpose(1, 2), k, v, mask, scale, library)
+        ctx.save_for_backward(q.transpose(1, 2), k, v, mask, out, log_sums, spans)
+        ctx.scale, ctx.library = scale, library
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        q, k = ctx.saved_tensors[:2]
+        B, H, T, _ = q.shape
+        _, _, X, N, R = ctx.shape
+        grad_q, grad_k = _by_position(*q.shape, like=q), _by_position(*k.shape, like=q)
+        grad_kv, grad_key = q.new_empty(B, T, H, X), q.new_empty(B, T, R)
+        into = (grad_q, grad_k, grad_kv[..., N:].transpose(1, 2))
+        _attend_backward(ctx.saved_tensors, grads[0], into, ctx.scale, ctx.library)
+        ctx.library("split_keys", q.dtype)(
+            grad_k.data_ptr(), grad_kv.data_ptr(), grad_key.data_ptr(), ctx.shape, torch.get_num_threads()
         )
-        ctx.library("attention_backward", q.dtype)(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(), ctx.scale, out.data_ptr(), grad.data_ptr(),
-            log_sums.data_ptr(), spans.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(),
-            _numbers(B, H, G, T, S, K, V), _strides(q, k, v, out, grad, grad_q, grad_k, grad_v),
-            torch.get_num_threads(),
+        return grad_q.transpose(1, 2), grad_kv, grad_key, None, None, None
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, library: Library
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Result [B, H, T, V] by position, logarithms of the rows' sums [B, H, T], and what each position sees."""
+    (B, H, T, K), (G, S), V = q.shape, k.shape[1:3], v.shape[-1]
+    out = _by_position(B, H, T, V, like=q)
+    log_sums = q.new_empty(B, H, T, dtype=torch.float32)
+    spans = q.new_empty(B, T, SPAN, dtype=torch.int32)
+    library("attention_forward", q.dtype)(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(), scale, out.data_ptr(), log_sums.data_ptr(),
+        spans.data_ptr(), _numbers(B, H, G, T, S, K, V), _strides(q, k, v, out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, log_sums, spans
+
+
+def _attend_backward(
+    saved: tuple[Tensor, ...], grad: Tensor, into: tuple[Tensor, ...], scale: float, library: Library
+) -> None:
+    """Writes the gradients of q, k and v into the three given tensors."""
+    q, k, v, mask, out, log_sums, spans = saved
+    (B, H, T, K), (G, S), V = q.shape, k.shape[1:3], v.shape[-1]
+    grad = _dense(grad)
+    library("attention_backward", q.dtype)(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(), scale, out.data_ptr(), grad.data_ptr(),
+        log_sums.data_ptr(), spans.data_ptr(), *(x.data_ptr() for x in into), _numbers(B, H, G, T, S, K, V),
+        _strides(q, k, v, out, grad, *into), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, library: Library) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        (T, D), E = x.shape, len(weight)
+        logits = x.new_empty(T, E, dtype=torch.float32)
+        library("gate_forward", x.dtype)(
+            x.data_ptr(), weight.data_ptr(), logits.data_ptr(), T, D, E, torch.get_num_threads()
+        )
+        ctx.save_for_backward(x, weight)
+        ctx.library = library
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        x, weight = ctx.saved_tensors
+        grad, grad_x, grad_weight = grads[0].contiguous(), torch.empty_like(x), torch.empty_like(weight)
+        (T, D), E = x.shape, len(weight)
+        partial = weight.new_empty(CHUNKS, E, D)
+        ctx.library("gate_backward", x.dtype)(
+            x.data_ptr(), weight.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), partial.data_ptr(),
+            grad_weight.data_ptr(), T, D, E, torch.get_num_threads(),
         )  # fmt: skip
-        return grad_q, grad_k, grad_v, None, None, None
+        return grad_x, grad_weight, None
 
 
 class _Route(torch.autograd.Function):
@@ -151,7 +264,7 @@ class _Route(torch.autograd.Function):
         ids, weights = logits.new_empty(T, active, dtype=torch.int64), logits.new_empty(T, active)
         scores = torch.empty_like(logits)
         library("route_forward", torch.float32)(
-            logits.data_ptr(), None if bias is None else bias.data_ptr(), ids.data_ptr(), weights.data_ptr(),
+            logits.data_ptr(), _pointer(bias), ids.data_ptr(), weights.data_ptr(),
             scores.data_ptr(), T, _numbers(*shape), scaling, torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(ids, scores)
@@ -170,7 +283,7 @@ class _Route(torch.autograd.Function):
         grad_logits = torch.empty_like(scores)
         ctx.library("route_backward", torch.float32)(
             ids.data_ptr(), scores.data_ptr(), grad_weights.data_ptr(),
-            None if grad_scores is None else grad_scores.data_ptr(), grad_logits.data_ptr(),
+            _pointer(grad_scores), grad_logits.data_ptr(),
             len(ids), _numbers(*ctx.shape), ctx.scaling, torch.get_num_threads(),
         )  # fmt: skip
         return grad_logits, None, None, None, None
@@ -332,14 +445,25 @@ class CpuKernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _RmsNorm.apply(x, weight.to(x.dtype), eps, self.library)
 
+    def add_rms_norm(self, x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return _AddRmsNorm.apply(x, added, weight.to(x.dtype), eps, self.library)
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
         return _Rotate.apply(x, cos, sin, interleave, self.library)
 
     def attention(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:
         return _Attention.apply(q_BHTK, k_BGSK, v_BGSV, mask_BTS, scale, self.library)
 
+    def latent_attention(
+        self, q_BTHK: Tensor, kv_BTHX: Tensor, key_BTR: Tensor, mask_BTS: Tensor, scale: float
+    ) -> Tensor:
+        return _LatentAttention.apply(q_BTHK, kv_BTHX, key_BTR, mask_BTS, scale, self.library)
+
     def feed_forward(self, x: Tensor, gate_up_FD: Tensor, down_DF: Tensor) -> Tensor:
         return _FeedForward.apply(x, gate_up_FD, down_DF, self.library)
+
+    def gate(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        return _Gate.apply(x_TD, weight_ED.float(), self.library)
 
     def route(
         self,

@@ -10,28 +10,77 @@ using namespace glasklar;
 
 namespace {
 
+// With `added` [rows, D] x + added is what is normalised; it is written to `total`.
 template <class T>
-void rms_norm_forward(const T* x, int64_t stride, const T* weight, float eps, T* y, float* inverse, int64_t rows,
-                      int64_t D, int threads) {
+void rms_norm_forward(const T* x, int64_t stride, const T* added, T* total, const T* weight, float eps, T* y, float* inverse,
+                      int64_t rows, int64_t D, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < rows; ++i) rms_norm_forward_row(x + i * stride, weight, eps, y + i * D, inverse + i, int(D));
+    for (int64_t i = 0; i < rows; ++i) {
+        const T* row = x + i * stride;
+        if (added) {
+            add_row(row, added + i * D, total + i * D, int(D));
+            row = total + i * D;
+        }
+        rms_norm_forward_row(row, weight, eps, y + i * D, inverse + i, int(D));
+    }
+}
+
+// work(row, total) for all rows, in parts that do not depend on the number of threads; `total` [numbers] gathers a gradient
+// over each part's rows in `partial` [CHUNKS, numbers], and all of them are added up into `out`.
+template <class T, class Work>
+void sum_over_rows(int64_t rows, int64_t numbers, float* partial, T* out, int threads, Work work) {
+#pragma omp parallel for num_threads(threads)
+    for (int c = 0; c < CHUNKS; ++c) {
+        float* total = partial + c * numbers;
+        std::fill(total, total + numbers, 0.0f);
+        for (int64_t i = rows * c / CHUNKS; i < rows * (c + 1) / CHUNKS; ++i) work(i, total);
+    }
+    for (int64_t i = 0; i < numbers; ++i) {
+        float total = 0;
+        for (int c = 0; c < CHUNKS; ++c) total += partial[c * numbers + i];
+        put(out + i, total);
+    }
+}
+
+// `other` [rows, D]: a gradient that is added to that of x; may be null.
+template <class T>
+void rms_norm_backward(const T* x, int64_t stride, const T* weight, const float* inverse, const T* grad, const T* other,
+                       T* grad_x, float* partial, T* grad_weight, int64_t rows, int64_t D, int threads) {
+    sum_over_rows(rows, D, partial, grad_weight, threads, [&](int64_t i, float* total) {
+        rms_norm_backward_row(x + i * stride, weight, inverse[i], grad + i * D, other ? other + i * D : nullptr, grad_x + i * D,
+                              total, int(D));
+    });
 }
 
 template <class T>
-void rms_norm_backward(const T* x, int64_t stride, const T* weight, const float* inverse, const T* grad, T* grad_x,
-                       float* partial, T* grad_weight, int64_t rows, int64_t D, int threads) {
+void gate_forward(const T* x, const float* weight, float* logits, int64_t rows, int64_t D, int64_t E, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int c = 0; c < CHUNKS; ++c) {
-        float* total = partial + c * D;
-        std::fill(total, total + D, 0.0f);
-        for (int64_t i = rows * c / CHUNKS; i < rows * (c + 1) / CHUNKS; ++i)
-            rms_norm_backward_row(x + i * stride, weight, inverse[i], grad + i * D, grad_x + i * D, total, int(D));
-    }
-    for (int64_t i = 0; i < D; ++i) {
-        float total = 0;
-        for (int c = 0; c < CHUNKS; ++c) total += partial[c * D + i];
-        put(grad_weight + i, total);
-    }
+    for (int64_t i = 0; i < rows; ++i) gate_forward_row(x + i * D, weight, logits + i * E, int(D), int(E));
+}
+
+template <class T>
+void gate_backward(const T* x, const float* weight, const float* grad, T* grad_x, float* partial, float* grad_weight,
+                   int64_t rows, int64_t D, int64_t E, int threads) {
+    sum_over_rows(rows, E * D, partial, grad_weight, threads, [&](int64_t i, float* total) {
+        gate_backward_row(x + i * D, weight, grad + i * E, grad_x + i * D, total, int(D), int(E));
+    });
+}
+
+// own [rows, H, X], shared [rows, R], keys [rows, H, N + R]; shape: rows, H, X, N, R.
+template <class T>
+void join_keys(const T* own, const T* shared, T* keys, const int64_t* shape, int threads) {
+    const int H = int(shape[1]), X = int(shape[2]), N = int(shape[3]), R = int(shape[4]);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < shape[0]; ++i)
+        join_keys_row(own + i * H * X, shared + i * R, keys + i * H * (N + R), H, X, N, R);
+}
+
+template <class T>
+void split_keys(const T* grad_keys, T* grad_own, T* grad_shared, const int64_t* shape, int threads) {
+    const int H = int(shape[1]), X = int(shape[2]), N = int(shape[3]), R = int(shape[4]);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < shape[0]; ++i)
+        split_keys_row(grad_keys + i * H * (N + R), grad_own + i * H * X, grad_shared + i * R, H, X, N, R);
 }
 
 // x [B, T, H, K] with strides, of which the last R values are turned; angles [B, T, R/2] with strides, y contiguous.
@@ -300,13 +349,28 @@ EXPORT void orthogonalise(float* matrices, int64_t n, int64_t R, int64_t C, cons
 }
 
 #define EXPORT_FOR(T, suffix)                                                                                            \
-    EXPORT void rms_norm_forward_##suffix(const T* x, int64_t stride, const T* w, float eps, T* y, float* inverse,       \
-                                          int64_t rows, int64_t D, int threads) {                                        \
-        rms_norm_forward(x, stride, w, eps, y, inverse, rows, D, threads);                                               \
+    EXPORT void rms_norm_forward_##suffix(const T* x, int64_t stride, const T* added, T* total, const T* w, float eps, T* y,\
+                                          float* inverse, int64_t rows, int64_t D, int threads) {                        \
+        rms_norm_forward(x, stride, added, total, w, eps, y, inverse, rows, D, threads);                                 \
     }                                                                                                                    \
     EXPORT void rms_norm_backward_##suffix(const T* x, int64_t stride, const T* w, const float* inverse, const T* g,     \
-                                           T* gx, float* partial, T* gw, int64_t rows, int64_t D, int threads) {         \
-        rms_norm_backward(x, stride, w, inverse, g, gx, partial, gw, rows, D, threads);                                  \
+                                           const T* other, T* gx, float* partial, T* gw, int64_t rows, int64_t D,        \
+                                           int threads) {                                                                \
+        rms_norm_backward(x, stride, w, inverse, g, other, gx, partial, gw, rows, D, threads);                           \
+    }                                                                                                                    \
+    EXPORT void gate_forward_##suffix(const T* x, const float* w, float* logits, int64_t rows, int64_t D, int64_t E,     \
+                                      int threads) {                                                                     \
+        gate_forward(x, w, logits, rows, D, E, threads);                                                                 \
+    }                                                                                                                    \
+    EXPORT void gate_backward_##suffix(const T* x, const float* w, const float* g, T* gx, float* partial, float* gw,     \
+                                       int64_t rows, int64_t D, int64_t E, int threads) {                                \
+        gate_backward(x, w, g, gx, partial, gw, rows, D, E, threads);                                                    \
+    }                                                                                                                    \
+    EXPORT void join_keys_##suffix(const T* own, const T* shared, T* keys, const int64_t* shape, int threads) {          \
+        join_keys(own, shared, keys, shape, threads);                                                                    \
+    }                                                                                                                    \
+    EXPORT void split_keys_##suffix(const T* grad, T* grad_own, T* grad_shared, const int64_t* shape, int threads) {     \
+        split_keys(grad, grad_own, grad_shared, shape, threads);                                                         \
     }                                                                                                                    \
     EXPORT void rotate_##suffix(const T* x, const int64_t* xs, const float* c, const float* s, const int64_t* as,        \
                                 float direction, int interleave, T* y, const int64_t* shape, int threads) {              \

@@ -25,8 +25,12 @@ SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 # Arguments of each function: p pointer, l int64, i int, f float.
 BY_TYPE = {
-    "rms_norm_forward": "plpfpplli",
-    "rms_norm_backward": "plpppppplli",
+    "rms_norm_forward": "plpppfpplli",
+    "rms_norm_backward": "plppppppplli",
+    "gate_forward": "pppllli",
+    "gate_backward": "pppppp" + "llli",
+    "join_keys": "ppp" + "pi",
+    "split_keys": "ppp" + "pi",
     "rotate": "ppppp" + "fip" + "pi",
     "logprobs_forward": "ppppplli",
     "logprobs_backward": "ppppplli",
@@ -50,12 +54,16 @@ class Library:
     def __init__(self, path: str, built_for: int) -> None:
         handle = ctypes.CDLL(path)
         ask = getattr(handle, "glasklar_built_for", None)
+        stale = CapacityError(
+            f"{path}: compiled for another version of glasklar; install the package again (make setup)"
+        )
         if ask is None or ask() != built_for:
-            raise CapacityError(
-                f"{path}: compiled for another version of glasklar; install the package again (make setup)"
-            )
+            raise stale
         self.level: int = handle.glasklar_level()
         self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
+        names = [f"{name}_{suffix}" for name in BY_TYPE for suffix in SUFFIX.values()]
+        if not all(hasattr(handle, name) for name in (*names, *FOR_FLOAT)):
+            raise stale
         for name, kinds in BY_TYPE.items():
             for dtype, suffix in SUFFIX.items():
                 self._functions[name, dtype] = _declare(handle, f"{name}_{suffix}", kinds)

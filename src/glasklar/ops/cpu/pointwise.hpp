@@ -22,9 +22,10 @@ void rms_norm_forward_row(const T* x, const T* weight, float eps, T* y, float* i
     each_vector(D, [&](int i, int n) { give(y + i, take(x + i, n) * r * take(weight + i, n), n); });
 }
 
-// `total` [D] gathers the gradient of the weight.
+// `total` [D] gathers the gradient of the weight. `other` is a gradient that reaches x by another way, or null.
 template <class T>
-void rms_norm_backward_row(const T* x, const T* weight, float r, const T* grad, T* grad_x, float* total, int D) {
+void rms_norm_backward_row(const T* x, const T* weight, float r, const T* grad, const T* other, T* grad_x, float* total,
+                           int D) {
     Floats dot{};
     each_vector(D, [&](int i, int n) {
         Floats v = take(x + i, n), g = take(grad + i, n);
@@ -33,7 +34,63 @@ void rms_norm_backward_row(const T* x, const T* weight, float r, const T* grad, 
     });
     float mean = sum(dot) * r * r / float(D);
     each_vector(D, [&](int i, int n) {
-        give(grad_x + i, (take(grad + i, n) * take(weight + i, n) - take(x + i, n) * mean) * r, n);
+        Floats v = (take(grad + i, n) * take(weight + i, n) - take(x + i, n) * mean) * r;
+        give(grad_x + i, other ? v + take(other + i, n) : v, n);
+    });
+}
+
+template <class T>
+void add_row(const T* a, const T* b, T* sum, int D) {
+    each_vector(D, [&](int i, int n) { give(sum + i, take(a + i, n) + take(b + i, n), n); });
+}
+
+// The gate's logits of one token in fp32: x [D], weight [E, D].
+template <class T>
+void gate_forward_row(const T* x, const float* weight, float* logits, int D, int E) {
+    constexpr int TOGETHER = 4;
+    for (int e = 0; e < E; e += TOGETHER) {
+        const int count = std::min(TOGETHER, E - e);
+        Floats total[TOGETHER] = {};
+        each_vector(D, [&](int i, int n) {
+            const Floats v = take(x + i, n);
+            for (int j = 0; j < TOGETHER; ++j)  // the last row again in place of missing ones
+                total[j] += v * take(weight + std::size_t(e + std::min(j, count - 1)) * D + i, n);
+        });
+        for (int j = 0; j < count; ++j) logits[e + j] = sum(total[j]);
+    }
+}
+
+// `total` [E, D] gathers the gradient of the weight.
+template <class T>
+void gate_backward_row(const T* x, const float* weight, const float* grad, T* grad_x, float* total, int D, int E) {
+    each_vector(D, [&](int i, int n) {
+        const Floats v = take(x + i, n);
+        Floats back{};
+        for (int e = 0; e < E; ++e) {
+            const std::size_t at = std::size_t(e) * D + i;
+            back += take(weight + at, n) * grad[e];
+            give(total + at, take(total + at, n) + v * grad[e], n);
+        }
+        give(grad_x + i, back, n);
+    });
+}
+
+// Keys [H, N + R] of one token: each head's own part, the first N of its X numbers, then the turned part that all share.
+template <class T>
+void join_keys_row(const T* own, const T* shared, T* keys, int H, int X, int N, int R) {
+    for (int h = 0; h < H; ++h) {
+        std::memcpy(keys + h * (N + R), own + h * X, N * sizeof(T));
+        std::memcpy(keys + h * (N + R) + N, shared, R * sizeof(T));
+    }
+}
+
+template <class T>
+void split_keys_row(const T* grad_keys, T* grad_own, T* grad_shared, int H, int X, int N, int R) {
+    for (int h = 0; h < H; ++h) std::memcpy(grad_own + h * X, grad_keys + h * (N + R), N * sizeof(T));
+    each_vector(R, [&](int i, int n) {
+        Floats total{};
+        for (int h = 0; h < H; ++h) total += take(grad_keys + h * (N + R) + N + i, n);
+        give(grad_shared + i, total, n);
     });
 }
 

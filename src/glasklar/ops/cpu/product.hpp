@@ -80,17 +80,29 @@ class Packed {
     // Column c holds row c of the source: `row(c)` -> its numbers. Columns [from, to), whole vectors.
     template <class Row>
     void transpose(int given, int numbers, Row row, int from, int to) {
+        const int whole = numbers / size;
         for (int c = from; c < to; c += LANES) {
-            int stride = width(c), valid = std::min(LANES, given - c);
+            const int stride = width(c), valid = std::min(LANES, given - c);
             unit* out = at(0, c);
+            int done = 0;
+            if (valid == LANES) {
+                const T* sources[LANES];
+                for (int j = 0; j < LANES; ++j) sources[j] = row(c + j);
+                for (; done + LANES <= whole; done += LANES) {
+                    Floats square[LANES];
+                    for (int j = 0; j < LANES; ++j) square[j] = read_vector(sources[j] + done * size);
+                    transpose_square(square);
+                    for (int k = 0; k < LANES; ++k) std::memcpy(out + std::size_t(done + k) * stride, &square[k], sizeof(Floats));
+                }
+            }
             for (int j = 0; j < LANES; ++j) {
                 if (j >= valid) {
-                    for (int k = 0; k < depth; ++k) out[std::size_t(k) * stride + j] = 0;
+                    for (int k = done; k < depth; ++k) out[std::size_t(k) * stride + j] = 0;
                     continue;
                 }
+                if (done == depth) break;
                 const T* source = row(c + j);
-                int whole = numbers / size;
-                for (int k = 0; k < whole; ++k) out[std::size_t(k) * stride + j] = read(source + k * size);
+                for (int k = done; k < whole; ++k) out[std::size_t(k) * stride + j] = read(source + k * size);
                 if (whole < depth) out[std::size_t(whole) * stride + j] = Unit<T>::make(value(source[whole * size]), 0);
             }
         }
@@ -130,6 +142,15 @@ class Packed {
             return u;
         } else {
             return value(*p);
+        }
+    }
+    static Floats read_vector(const T* p) {
+        if constexpr (size == 2) {
+            Floats units;
+            std::memcpy(&units, p, sizeof units);
+            return units;
+        } else {
+            return glasklar::load(p);
         }
     }
 };

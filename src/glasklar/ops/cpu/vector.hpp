@@ -149,6 +149,37 @@ inline Floats swap_neighbours(Floats v) {
     return reinterpret_cast<Floats>(pairs << 32 | pairs >> 32);
 }
 
+// Lanes of a, then of b, by their numbers.
+inline Floats pick(Floats a, Floats b, Ints lanes) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_permutex2var_ps(
+        reinterpret_cast<__m512>(a), reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512>(b)));
+#else
+    Floats out;
+    for (int j = 0; j < LANES; ++j) out[j] = lanes[j] < LANES ? a[lanes[j]] : b[lanes[j] - LANES];
+    return out;
+#endif
+}
+
+// Row i, lane j goes to row j, lane i: blocks of 1, 2, 4, … lanes change sides. Bits are moved, never computed with.
+inline void transpose_square(Floats (&rows)[LANES]) {
+#pragma GCC unroll 4
+    for (int half = 1; half < LANES; half *= 2) {
+        Ints upper, lower;  // lanes of two rows after one another
+        for (int j = 0; j < LANES; ++j) {
+            upper[j] = j & half ? LANES + j - half : j;
+            lower[j] = j & half ? LANES + j : j + half;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+            if (i & half) continue;
+            const Floats a = rows[i], b = rows[i + half];
+            rows[i] = pick(a, b, upper);
+            rows[i + half] = pick(a, b, lower);
+        }
+    }
+}
+
 inline Floats larger(Floats a, Floats b) { return a < b ? b : a; }
 
 // exp to 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. Exactly 0 below -87 (so for -inf); NaN stays NaN.
