@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from glasklar.errors import CapacityError
-from glasklar.ops.cpu.library import VARIANTS, Library, load
+from glasklar.ops.cpu.library import BY_TYPE, VARIANTS, Library, load
 
 BUILT = [name for name in VARIANTS if load(name) is not None]
 
@@ -21,3 +21,13 @@ def test_a_build_under_another_ones_name_is_refused(name: str) -> None:
     Library(spec.origin, level)
     with pytest.raises(CapacityError, match=r"compiled for another version.*install"):
         Library(spec.origin, level + 1)
+
+
+def test_a_build_of_older_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lacks a function that this version calls."""
+    spec = importlib.util.find_spec("glasklar.ops.cpu._plain")
+    if spec is None or spec.origin is None:
+        pytest.skip("no compiler at installation")
+    monkeypatch.setitem(BY_TYPE, "not_yet_written", "pi")
+    with pytest.raises(CapacityError, match=r"compiled for another version.*install"):
+        Library(spec.origin, 0)

@@ -95,6 +95,8 @@ struct AttentionWork {
     using U = Unit<T>;
     using unit = typename U::type;
     using Element = std::conditional_t<U::size == 2, bf16, float>;  // numbers laid out as units
+    // Where units are floats, what is computed from scores takes their place, and nothing is copied.
+    static constexpr bool IN_PLACE = U::size == 1;
 
     AttentionWork(const AttentionShape& s, Heads<const T> q, Heads<const T> k, Heads<const T> v, const T* mask,
                   const Span* spans, float scale, int64_t item)
@@ -103,9 +105,14 @@ struct AttentionWork {
           k_width(round_up(int(s.K), LANES)), v_width(round_up(int(s.V), LANES)),
           keys_across(Scratch::get<unit>(0, Packed<T>::units(int(s.K), int(s.S))), int(s.K), int(s.S)),
           scores(Scratch::get<float>(1, std::size_t(QUERY_BLOCK) * keys)),
-          weights(Scratch::get<Element>(2, std::size_t(QUERY_BLOCK) * keys)),
+          weights(place_weights()),
           queries(Scratch::get<Element>(3, std::size_t(QUERY_BLOCK) * k_width)) {
         keys_across.transpose(int(s.S), int(s.K), [&](int i) { return this->k.row(b, g, i); });
+    }
+
+    Element* place_weights() {
+        if constexpr (IN_PLACE) return scores;
+        else return Scratch::get<Element>(2, std::size_t(QUERY_BLOCK) * keys);
     }
 
     QueryBlock block(int first, int last) const {
@@ -225,6 +232,7 @@ class AttentionBackward {
     using unit = typename Unit<T>::type;
     using Element = typename AttentionWork<T>::Element;
     static constexpr int size = Packed<T>::size;
+    static constexpr bool IN_PLACE = AttentionWork<T>::IN_PLACE;
 
    public:
     AttentionBackward(AttentionWork<T> work, Heads<const T> out, Heads<const T> grad, const float* log_sums)
@@ -252,8 +260,12 @@ class AttentionBackward {
                 work.prefetch_inputs(i, QUERY_BLOCK);
                 work.prefetch(out, s.H, s.T, V, i, QUERY_BLOCK);
                 work.prefetch(grad, s.H, s.T, V, i, QUERY_BLOCK);
+                if constexpr (IN_PLACE) {
+                    work.scores = paired_weights + std::size_t(i - r) * keys;
+                    work.weights = grad_scores = paired_scores + std::size_t(i - r) * keys;
+                }
                 make_scores(block);
-                pair_rows(block, (i - r) / size);
+                if constexpr (!IN_PLACE) pair_rows(block, (i - r) / size);
                 ranges[(i - r) / QUERY_BLOCK] = {block.from, block.to, 0};
                 T* results[QUERY_BLOCK];
                 for (int m = 0; m < block.count; ++m) results[m] = grad_q.row(work.b, block.head[m], block.position[m]);
@@ -288,7 +300,7 @@ class AttentionBackward {
                    values_across.depth, [&](int m, int n, Floats sums) {
                        Floats x = load(work.scores + m * keys + n) * (sums - delta[m]) * work.scale;
                        store(grad_scores + m * keys + n, x);
-                       store(work.weights + m * keys + n, x);
+                       if constexpr (!IN_PLACE) store(work.weights + m * keys + n, x);
                    });
     }
 
