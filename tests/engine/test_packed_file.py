@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from glasklar.engine import packed_file
 from glasklar.engine.cpu import library
 from glasklar.engine.engine import Engine
 from glasklar.engine.packed import KINDS, PackedModel, Packer, pack
@@ -89,6 +92,49 @@ def test_any_damage_is_found_and_the_file_made_again(tmp_path: Path, caplog: pyt
         assert all(torch.equal(tensor, sound[name]) for name, tensor in again.tensors())
         assert path.read_bytes() == content
     assert "made again" in caplog.text
+
+
+def test_a_file_is_checked_once_and_again_when_anything_wrote_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[int] = []
+    check = packed_file._check
+
+    def counted(*arguments: Any) -> None:
+        checks.append(1)
+        check(*arguments)
+
+    monkeypatch.setattr(packed_file, "_check", counted)
+    monkeypatch.setattr(packed_file, "_SETTLED_NS", 0)
+    folder, cache = folder_of(tmp_path / "model", GQA), tmp_path / "cache"
+    for _ in range(3):
+        opened(folder, cache)
+    assert len(checks) == 1
+    [path] = cache.glob("*.safetensors")
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    time.sleep(0.02)  # a tick of the clock of files
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # what can be set is set back
+    made: list[int] = []
+    opened(folder, cache, made=made)
+    assert made, "damage was not seen"
+    opened(folder, cache)
+    checks.clear()
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, **how: "another" if self == boot else real(self, **how))
+    opened(folder, cache)
+    opened(folder, cache)
+    assert len(checks) == 1, "once after every start of the machine"
+
+
+def test_a_file_written_just_now_is_checked_every_time(tmp_path: Path) -> None:
+    folder, cache = folder_of(tmp_path / "model", GQA), tmp_path / "cache"
+    opened(folder, cache)
+    opened(folder, cache)
+    assert not list(cache.glob("*.checked"))
 
 
 def test_another_model_configuration_or_number_of_bits_is_packed_anew(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 A safetensors file: the tensors of `PackedModel`, each at a multiple of 64 bytes, and in its metadata
 
     layout    how the tensors make up the model: kinds and sizes of the matrices, widths of the layers
-    digests   of every tensor's bytes, by pieces; they are computed again whenever the file is opened
+    digests   of every tensor's bytes, by pieces
     key       of what it was made from (`key_of`)
     seal      SHA-256 of the other three
 
-A file that does not hold what it says in every byte is made again. The digests find damage, not malice: whoever can
-write into the user's own data folder can replace the model as well.
+A file that does not hold what it says in every byte is made again. The digests are computed when the file is opened for
+the first time since the machine was started, or since anything wrote to it: beside a file that passed stands what the
+system said of it (`_identity`). They find damage, not malice: whoever can write into the user's own data folder can
+replace the model as well.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import ctypes
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,10 +32,10 @@ from torch import Tensor
 
 from glasklar.engine.packed import Get, PackedDraft, PackedLayer, PackedMatrix, PackedModel, Packer, packer_of
 from glasklar.engine.packed import vector as as_vector
-from glasklar.errors import CheckpointError
+from glasklar.errors import CapacityError, CheckpointError
 from glasklar.model.checkpoint import Source, open_checkpoint
 from glasklar.model.config import ModelConfig
-from glasklar.provenance.files import TEMPORARY, sync, writing
+from glasklar.provenance.files import TEMPORARY, sync, write_atomic, writing
 from glasklar.provenance.hashing import canonical_json, sha256_hex
 
 # Of what is stored and how; raise it with every change of cpu/pack.hpp, of the tiles in cpu/matrix.hpp or of `Packer`.
@@ -41,6 +44,8 @@ HEADER, ALIGNED, PIECE = 1 << 20, 64, 16 << 20
 _TYPES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
 # Of each weights file so many pieces of so many bytes enter its fingerprint.
 _SAMPLES, _SAMPLE = 256, 4096
+# A file that was written to less than this before it was checked may be written to again in the same tick of its clock.
+_SETTLED_NS = 1_000_000_000
 log = logging.getLogger(__name__)
 
 
@@ -190,6 +195,7 @@ def _layout_of(layer: PackedLayer) -> dict[str, Any]:
 def open_file(path: Path, key: str, config: ModelConfig, library: ctypes.CDLL, threads: int) -> PackedModel:
     """Maps a packed file. Raises Damaged where a byte is not as it was written, or another model was packed."""
     try:
+        identity = _identity(path)
         with safe_open(path, framework="pt") as file:
             stated = dict(file.metadata() or {})
             seal = stated.pop("seal", None)
@@ -199,6 +205,31 @@ def open_file(path: Path, key: str, config: ModelConfig, library: ctypes.CDLL, t
             tensors = {name: file.get_tensor(name) for name in digests}
     except (OSError, SafetensorError) as error:
         raise Damaged(f"cannot be read ({error})") from None
+    checked = path.with_suffix(".checked")
+    if identity is None or not checked.exists() or checked.read_bytes() != identity.encode():
+        _check(tensors, digests, library, threads)
+        if identity is not None:
+            try:
+                write_atomic(checked, identity.encode())
+            except (CapacityError, CheckpointError) as problem:  # a full disk, a folder that is for reading only
+                log.info("%s; the next start checks the packed weights again", problem)
+    return _assembled(json.loads(stated["layout"]), tensors, config, library)
+
+
+def _identity(path: Path) -> str | None:
+    """What changes when the machine is started again, and whenever a file is written to or exchanged. None where the
+    system does not tell, and for a file that was written just now."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    now, status = time.time_ns(), path.stat()
+    if now - status.st_ctime_ns < _SETTLED_NS:
+        return None
+    return json.dumps([boot, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+
+
+def _check(tensors: dict[str, Tensor], digests: dict[str, list[str]], library: ctypes.CDLL, threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(
             lambda name: (name, _digests(tensors[name], library, 1)), sorted(tensors, key=lambda n: -tensors[n].nbytes)
@@ -206,7 +237,6 @@ def open_file(path: Path, key: str, config: ModelConfig, library: ctypes.CDLL, t
         wrong = sorted(name for name, digest in found if digest != digests[name])
     if wrong:
         raise Damaged(f"{wrong[0]} is not as it was written")
-    return _assembled(json.loads(stated["layout"]), tensors, config, library)
 
 
 def _assembled(
