@@ -3,7 +3,8 @@
     python bench/moe_dense.py                 # 3 minutes a network; docs/lab/moe-dense.json and .png
 
 Same text (the `stdlib` recipe), batches, optimiser and schedule; the dense network has as many parameters as the other
-one has at work on a token.
+one has at work on a token. It learns twice: once for as many seconds as the mixture, once for as many FLOPs, each time
+with a whole decay of the rate.
 """
 
 from __future__ import annotations
@@ -39,10 +40,16 @@ def measure(minutes: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         corpus = prepare_corpus(recipe, Path(folder))
         for size, config in {"small": recipe.model, "large": recipe.model.replace(**LARGE)}.items():
-            found = []
-            for name, shape in {"mixture of experts": config, "dense": equal_active(config)}.items():
-                found.append(race(ours(name, shape, stage, corpus, runtime), stage, corpus, minutes * 60, WATCHED))
-                print(f"{size} {name:20} {found[-1]['bits_per_byte']:.3f} bits/byte", file=sys.stderr)
+            dense = equal_active(config)
+            mixture = race(
+                ours("mixture of experts", config, stage, corpus, runtime), stage, corpus, minutes * 60, WATCHED
+            )
+            found = [mixture]
+            for name, flops in (("dense, equal seconds", None), ("dense, equal FLOPs", mixture["flops"])):
+                runner = ours(name, dense, stage, corpus, runtime)
+                found.append(race(runner, stage, corpus, minutes * 60, WATCHED, flops))
+            for each in found:
+                print(f"{size} {each['name']:20} {each['bits_per_byte']:.3f} bits/byte", file=sys.stderr)
             result["sizes"][size] = found
     return result
 
@@ -55,16 +62,19 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, grid = plt.subplots(2, 2, figsize=(9, 7), layout="constrained", sharey="row")
     for row, (size, networks) in zip(grid, result["sizes"].items(), strict=True):
-        for axes, key, label in zip(row, ("flops", "seconds"), ("training FLOPs", "seconds"), strict=True):
-            for network in networks:
+        mixture, seconds, flops = networks
+        for axes, key, label, dense in zip(
+            row, ("flops", "seconds"), ("training FLOPs", "seconds"), (flops, seconds), strict=True
+        ):
+            for network in (mixture, dense):
                 curve = network["curve"]
                 axes.plot([p[key] for p in curve], [p["bits_per_byte"] for p in curve], marker="o", markersize=3,
                           label=f"{network['name']}, {network['parameters'] / 1e6:.1f} M")  # fmt: skip
             active = networks[0]["active"] / 1e6
             axes.set(xlabel=label, title=f"{size}: {active:.1f} M parameters at work on a token")
             axes.grid(alpha=0.25)
+            axes.legend(frameon=False)
         row[0].set_ylabel("bits per byte, held-out files")
-        row[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -114,22 +114,28 @@ def llama(config: ModelConfig, stage: PretrainStage, corpus: Corpus, runtime: Ru
     return Runner("transformers' Llama", step, measure, size - config.vocab_size * width, size, flops)
 
 
-def race(runner: Runner, stage: PretrainStage, corpus: Corpus, seconds: float, watched_bytes: int) -> dict[str, Any]:
-    """Trains for so many seconds (measurements not counted); the schedule follows the clock, so that every network
-    finishes its decay. Returns the curve over seconds and FLOPs, and bits per byte of all held-out files at the end."""
+def race(
+    runner: Runner, stage: PretrainStage, corpus: Corpus, seconds: float, watched_bytes: int, flops: float | None = None
+) -> dict[str, Any]:
+    """Trains for so many seconds (measurements not counted), or for so many FLOPs however long they take. The schedule
+    follows the budget, so that every network finishes its decay. Returns the curve over seconds and FLOPs, and bits per
+    byte of all held-out files at the end."""
     packer = Packer(corpus.train, rows=stage.rows, length=stage.length, seed=0)
-    spent, k = 0.0, 0
-    marks = iter_marks(seconds)
+    of_step = stage.rows * stage.length * runner.flops_per_token
+    all_steps = None if flops is None else max(1, round(flops / of_step))
+    spent, share, k = 0.0, 0.0, 0
+    marks = iter_marks()
     mark = next(marks)
-    while spent < seconds:
+    while share < 1:
         began = time.perf_counter()
         batch = packer.batch(k)
-        steps = 1000 * stage.schedule.warmup if k < WARM else max(k + 1, round(k * seconds / spent))
-        runner.step(batch, stage.schedule.factor(k, steps))
+        guess = 1000 * stage.schedule.warmup if k < WARM else max(k + 1, round(k / share))
+        runner.step(batch, stage.schedule.factor(k, all_steps or guess))
         spent += time.perf_counter() - began
         k += 1
-        if spent >= mark or spent >= seconds:
-            point = {"seconds": spent, "flops": k * stage.rows * stage.length * runner.flops_per_token}
+        share = spent / seconds if all_steps is None else k / all_steps
+        if share >= mark or share >= 1:
+            point = {"seconds": spent, "flops": k * of_step}
             runner.curve.append({**point, "bits_per_byte": runner.measure(watched_bytes)})
             mark = next(marks, float("inf"))
     return {
@@ -139,12 +145,13 @@ def race(runner: Runner, stage: PretrainStage, corpus: Corpus, seconds: float, w
         "steps": k,
         "tokens": k * stage.rows * stage.length,
         "seconds": spent,
+        "flops": k * of_step,
         "curve": runner.curve,
         "bits_per_byte": runner.measure(None),
     }
 
 
-def iter_marks(seconds: float) -> Iterator[float]:
-    """When to measure: often at first, where curves fall steeply."""
+def iter_marks() -> Iterator[float]:
+    """After which shares of the budget to measure: often at first, where curves fall steeply."""
     for k in range(1, POINTS):
-        yield seconds * (k / POINTS) ** 1.5
+        yield (k / POINTS) ** 1.5

@@ -76,8 +76,10 @@ class NativeNetwork:
 
     def new_cache(self, pages: int) -> Tensor:
         """[layers, pages, page, cache width]"""
-        c = self.config
-        return torch.zeros(c.num_hidden_layers, pages, self.page, c.cache_width, dtype=self.cache_dtype)
+        shape = (self.config.num_hidden_layers, pages, self.page, self.config.cache_width)
+        # Zeros of numpy's come from the system page by page when they are first met; torch would write them all now.
+        size = torch.empty(0, dtype=self.cache_dtype).element_size()
+        return torch.from_numpy(np.zeros(shape, np.dtype(f"u{size}"))).view(self.cache_dtype)
 
     def run(
         self,

@@ -39,6 +39,8 @@ export class Chat {
     this.messages = new Map();
     this.leaf = null;
     this.turns.clear();
+    this.broken = false;
+    this.say('');
   }
 
   entitle(text) {
@@ -199,10 +201,13 @@ export class Chat {
     try {
       for await (const now of api.events(id, message.id, listening.signal)) {
         if (listening.signal.aborted) return;
+        if (this.broken) this.say('');
+        this.broken = false;
         this.grow(now);
       }
     } catch (error) {
       if (listening.signal.aborted) return;
+      this.broken = true;
       this.say(api.said(error));
       this.composer.busy(false);
       setTimeout(() => { if (this.attached === listening) this.attach(); }, 2000);
