@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from dataclasses import replace
@@ -32,11 +33,15 @@ def changed(rng: random.Random, content: str, places: int) -> str:
     return ", ".join(parts).upper()
 
 
+@functools.cache
+def runs_of_words(content: str) -> set[tuple[str, ...]]:
+    parts = words(content)
+    return {tuple(parts[i : i + 5]) for i in range(len(parts) - 4)}
+
+
 def jaccard(a: str, b: str) -> float:
     """The definition, on sets of words."""
-    one, other = (
-        {tuple(parts[i : i + 5]) for i in range(len(parts) - 4)} for parts in (words(text) for text in (a, b))
-    )
+    one, other = runs_of_words(a), runs_of_words(b)
     return len(one & other) / len(one | other)
 
 

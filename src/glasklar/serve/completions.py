@@ -14,27 +14,7 @@ from glasklar.engine.request import SamplingParams
 from glasklar.serve.answer import Answer, Piece
 from glasklar.serve.chat import Choice, usage_of, whole
 from glasklar.serve.question import Question, Speaker, check_bias
-from glasklar.serve.schema import (
-    DEFAULT_TEMPERATURE,
-    Choices,
-    LogitBias,
-    MinP,
-    ModelName,
-    Penalty,
-    Refused,
-    Repetition,
-    Seed,
-    Share,
-    Stops,
-    StreamOptions,
-    Strict,
-    Temperature,
-    Text,
-    Tokens,
-    TopK,
-    check_stops,
-    stop_list,
-)
+from glasklar.serve.schema import Refused, Sampled, Text
 
 MAX_PROMPTS = 16
 # Prefix, suffix, middle: DeepSeek's, Qwen's and StarCoder's tokens.
@@ -54,62 +34,26 @@ Prompt = Text | Ids | Annotated[list[Text], Field(min_length=1, max_length=MAX_P
 Asked = tuple[list[Question], list[str]]
 
 
-class CompletionRequest(Strict):
+class CompletionRequest(Sampled):
     """Body of POST /v1/completions. With `suffix`, the model writes what lies between it and the prompt."""
 
-    model: ModelName
     prompt: Prompt
     suffix: Text | None = None
-    max_tokens: Tokens | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Repetition | None = None
-    logit_bias: LogitBias | None = None
-    seed: Seed | None = None
-    n: Choices | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    stop: Stops = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(max_length=256)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: needs stream: true")
         if self.echo and self.logprobs is not None:
             raise ValueError("echo: log-probabilities of the prompt are not computed; leave out echo or logprobs")
         if self.echo and self.suffix is not None:
             raise ValueError("echo: cannot go with suffix")
-        check_stops(self.stop)
         return self
-
-    @property
-    def usage_wanted(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, stop_ids: tuple[int, ...]) -> SamplingParams:
         """OpenAI's default of 16 tokens is this API's too."""
-        return SamplingParams(
-            max_tokens=self.max_tokens or 16,
-            temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
-            top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=self.min_p or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            seed=self.seed if self.seed is not None else secrets.randbits(61),
-            stop_ids=stop_ids,
-            logprobs=self.logprobs or 0,
-            logit_bias=self.logit_bias or {},
-        )
+        return self.drawn(self.max_tokens or 16, secrets.randbits(61), stop_ids, self.logprobs or 0)
 
 
 def questions_of(service: Speaker, body: CompletionRequest) -> Asked:
@@ -133,12 +77,12 @@ def questions_of(service: Speaker, body: CompletionRequest) -> Asked:
             Question(
                 ids=ids,
                 params=body.sampling(tokenizer.stop_ids),
-                choices=body.n or 1,
-                stops=stop_list(body.stop),
+                choices=body.choices,
+                stops=body.stops,
                 alternatives=body.logprobs,
             )
         )
-        echoes += [echo] * (body.n or 1)
+        echoes += [echo] * body.choices
     return questions, echoes
 
 

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from glasklar.errors import GlasklarError
 
 HEARTBEAT = 15.0  # seconds of silence after which a stream says that it is alive
+ALIVE = ": keep-alive\n\n"
 PATIENCE = 0.2  # seconds that a stream waits for its first token, so that a refusal can still become a status
 
 T = TypeVar("T")
@@ -81,6 +82,30 @@ def by_type(event: Event) -> str:
     return f"event: {event['type']}\ndata: {_json(event)}\n\n"
 
 
+async def with_silences(events: AsyncGenerator[T, None]) -> AsyncGenerator[T | None, None]:
+    """The events, and None after every HEARTBEAT seconds without one. `events` is closed at the end."""
+    pending: asyncio.Task[T] | None = None
+    try:
+        while True:
+            pending = pending or asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait({pending}, timeout=HEARTBEAT)
+            if not done:
+                yield None
+                continue
+            finished, pending = pending, None
+            try:
+                event = finished.result()
+            except StopAsyncIteration:
+                return
+            yield event
+    finally:
+        if pending is not None:
+            pending.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, GlasklarError):
+                await pending
+        await events.aclose()
+
+
 async def with_heartbeats(
     events: AsyncGenerator[Event, None],
     write: Callable[[Event], str],
@@ -92,30 +117,17 @@ async def with_heartbeats(
     failed   the event of an error
     last     what ends the stream
     """
-    pending: asyncio.Task[Event] | None = None
+    heard = with_silences(events)
     try:
-        while True:
-            pending = pending or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({pending}, timeout=HEARTBEAT)
-            if not done:
-                yield ": keep-alive\n\n"
-                continue
-            finished, pending = pending, None
-            try:
-                yield write(finished.result())
-            except StopAsyncIteration:
-                break
-            except GlasklarError as error:
-                yield write(failed(error))
-                break
+        try:
+            async for event in heard:
+                yield ALIVE if event is None else write(event)
+        except GlasklarError as error:
+            yield write(failed(error))
         if last:
             yield last
     finally:
-        if pending is not None:
-            pending.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, GlasklarError):
-                await pending
-        await events.aclose()
+        await heard.aclose()
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

@@ -29,12 +29,12 @@ from glasklar.errors import RequestError
 from glasklar.serve.access import visit
 from glasklar.serve.backend import Backend
 from glasklar.serve.conversations import Entry, NotFoundError, Store
+from glasklar.serve.events import ALIVE, with_silences
 from glasklar.serve.export import as_markdown
 from glasklar.serve.guard import error_body
 from glasklar.serve.jobs import AskSettings, Job, inside_answer, shown
 from glasklar.serve.schema import Strict, Text
 
-HEARTBEAT = 15.0  # seconds of silence after which a stream says that it is alive
 KEPT_LOOKS = 8
 Name = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 NO_STORE = {"cache-control": "no-store"}
@@ -181,24 +181,11 @@ async def _sent(job: Job | None, entry: Entry) -> AsyncGenerator[str, None]:
     if job is None:
         yield f"data: {json.dumps(await asyncio.to_thread(shown, entry))}\n\n"
         return
-    views = job.follow()
-    pending: asyncio.Task[dict[str, Any]] | None = None
+    views = with_silences(job.follow())
     try:
-        while True:
-            pending = pending or asyncio.ensure_future(anext(views))
-            done, _ = await asyncio.wait({pending}, timeout=HEARTBEAT)
-            if not done:
-                yield ": keep-alive\n\n"
-                continue
-            finished, pending = pending, None
-            try:
-                yield f"data: {json.dumps(finished.result())}\n\n"
-            except StopAsyncIteration:
-                return
+        async for view in views:
+            yield ALIVE if view is None else f"data: {json.dumps(view)}\n\n"
     finally:
-        if pending is not None:
-            pending.cancel()
-            await asyncio.wait({pending})
         await views.aclose()
 
 

@@ -191,18 +191,14 @@ class TemplateSettings(Strict):
     enable_thinking: bool | None = None
 
 
-class ChatRequest(Strict):
-    """Body of POST /v1/chat/completions. `thinking` absent: the model decides for itself.
+class Sampled(Strict):
+    """What requests for chat and for completions have in common: how tokens are drawn, and how many answers there are.
 
-    `reasoning_effort` limits the thinking to a share of the room for the answer: an eighth ("minimal", "low"), a
-    quarter ("medium"), half ("high"), all ("xhigh", "max"); "none" is no thinking. `user` and `prompt_cache_key` are
-    accepted for compatibility: they name the caller's own end user and change no answer.
+    `user` is accepted for compatibility: it names the caller's own end user and changes no answer.
     """
 
     model: ModelName
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Tokens | None = None
-    max_completion_tokens: Tokens | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: TopK | None = None
@@ -214,10 +210,60 @@ class ChatRequest(Strict):
     seed: Seed | None = None
     n: Choices | None = None
     stop: Stops = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+
+    @model_validator(mode="after")
+    def _streams_and_stops(self) -> Any:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: needs stream: true")
+        if any(not text or len(text) > 256 for text in self.stops):
+            raise ValueError("stop: each text needs 1 to 256 characters")
+        return self
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def usage_wanted(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def drawn(self, limit: int, seed: int, stop_ids: tuple[int, ...], logprobs: int) -> SamplingParams:
+        """Settings of the first choice; `seed` where the caller gave none."""
+        return SamplingParams(
+            max_tokens=limit,
+            temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            seed=self.seed if self.seed is not None else seed,
+            stop_ids=stop_ids,
+            logprobs=logprobs,
+            logit_bias=self.logit_bias or {},
+        )
+
+
+class ChatRequest(Sampled):
+    """Body of POST /v1/chat/completions. `thinking` absent: the model decides for itself.
+
+    `reasoning_effort` limits the thinking to a share of the room for the answer: an eighth ("minimal", "low"), a
+    quarter ("medium"), half ("high"), all ("xhigh", "max"); "none" is no thinking. `prompt_cache_key` is accepted for
+    compatibility, as `user` is.
+    """
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     thinking: Thinking | None = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: TemplateSettings | None = None
@@ -225,7 +271,6 @@ class ChatRequest(Strict):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    user: Annotated[str, Field(max_length=256)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
 
     @model_validator(mode="after")
@@ -234,9 +279,6 @@ class ChatRequest(Strict):
             raise ValueError("max_tokens: differs from max_completion_tokens; give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs: true")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: needs stream: true")
-        check_stops(self.stop)
         self._check_tools()
         self._check_thinking()
         return self
@@ -277,14 +319,6 @@ class ChatRequest(Strict):
         return next((wish for wish in self._wishes if wish is not None), None)
 
     @property
-    def choices(self) -> int:
-        return self.n or 1
-
-    @property
-    def stops(self) -> list[str]:
-        return stop_list(self.stop)
-
-    @property
     def limit(self) -> int:
         return self.max_completion_tokens or self.max_tokens or DEFAULT_TOKENS
 
@@ -293,35 +327,8 @@ class ChatRequest(Strict):
         """How many alternatives each token's entry names; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    @property
-    def usage_wanted(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
     def sampling(self, seed: int, stop_ids: tuple[int, ...]) -> SamplingParams:
-        """Settings of the first choice; `seed` where the caller gave none."""
-        return SamplingParams(
-            max_tokens=self.limit,
-            temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
-            top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=self.min_p or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            seed=self.seed if self.seed is not None else seed,
-            stop_ids=stop_ids,
-            logprobs=self.top_logprobs or 0,
-            logit_bias=self.logit_bias or {},
-        )
-
-
-def check_stops(stop: Stops) -> None:
-    if any(not text or len(text) > 256 for text in stop_list(stop)):
-        raise ValueError("stop: each text needs 1 to 256 characters")
-
-
-def stop_list(stop: Stops) -> list[str]:
-    return [stop] if isinstance(stop, str) else list(stop or ())
+        return self.drawn(self.limit, seed, stop_ids, self.top_logprobs or 0)
 
 
 def usage(prompt: int, completion: int, reasoning: int, cached: int) -> dict[str, Any]:
