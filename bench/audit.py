@@ -418,7 +418,7 @@ def killed(run: Path, kills: int) -> dict[str, Any]:
         for moment in sorted(moments):
             with subprocess.Popen(command, **work) as process:
                 while len(steps_of(copy)) < moment and process.poll() is None:
-                    time.sleep(0.01)
+                    time.sleep(0.1)  # reading the record takes time from the training
                 time.sleep(draw.uniform(0, ends[moment + 1] - ends[moment]))
                 assert process.poll() is None, f"the process ended by itself after {len(steps_of(copy))} steps"
                 process.kill()

@@ -76,10 +76,10 @@ class NativeNetwork:
 
     def new_cache(self, pages: int) -> Tensor:
         """[layers, pages, page, cache width]"""
-        shape = (self.config.num_hidden_layers, pages, self.page, self.config.cache_width)
+        c, width = self.config, self.config.cache_width * self.cache_dtype.itemsize
         # Zeros of numpy's come from the system page by page when they are first met; torch would write them all now.
-        size = torch.empty(0, dtype=self.cache_dtype).element_size()
-        return torch.from_numpy(np.zeros(shape, np.dtype(f"u{size}"))).view(self.cache_dtype)
+        memory = np.zeros((c.num_hidden_layers, pages, self.page, width), np.uint8)
+        return torch.from_numpy(memory).view(self.cache_dtype)
 
     def run(
         self,

@@ -85,6 +85,7 @@ class Packed {
             const int stride = width(c), valid = std::min(LANES, given - c);
             unit* out = at(0, c);
             int done = 0;
+#if defined(__AVX512F__)
             if (valid == LANES) {
                 const T* sources[LANES];
                 for (int j = 0; j < LANES; ++j) sources[j] = row(c + j);
@@ -95,6 +96,7 @@ class Packed {
                     for (int k = 0; k < LANES; ++k) std::memcpy(out + std::size_t(done + k) * stride, &square[k], sizeof(Floats));
                 }
             }
+#endif
             for (int j = 0; j < LANES; ++j) {
                 if (j >= valid) {
                     for (int k = done; k < depth; ++k) out[std::size_t(k) * stride + j] = 0;

@@ -149,16 +149,11 @@ inline Floats swap_neighbours(Floats v) {
     return reinterpret_cast<Floats>(pairs << 32 | pairs >> 32);
 }
 
+#if defined(__AVX512F__)
 // Lanes of a, then of b, by their numbers.
 inline Floats pick(Floats a, Floats b, Ints lanes) {
-#if defined(__AVX512F__)
     return reinterpret_cast<Floats>(_mm512_permutex2var_ps(
         reinterpret_cast<__m512>(a), reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512>(b)));
-#else
-    Floats out;
-    for (int j = 0; j < LANES; ++j) out[j] = lanes[j] < LANES ? a[lanes[j]] : b[lanes[j] - LANES];
-    return out;
-#endif
 }
 
 // Row i, lane j goes to row j, lane i: blocks of 1, 2, 4, … lanes change sides. Bits are moved, never computed with.
@@ -179,6 +174,7 @@ inline void transpose_square(Floats (&rows)[LANES]) {
         }
     }
 }
+#endif
 
 inline Floats larger(Floats a, Floats b) { return a < b ? b : a; }
 
