@@ -61,6 +61,8 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Raises what the standard build raises, which leaves an optional library out; an older one never stays."""
         kept, target = KEPT / self.fingerprint(ext), Path(self.get_ext_fullpath(ext.name))
+        if self.inplace or self.editable_mode:
+            (ROOT / "src" / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         if not kept.exists():
             self.apart(ext).build_extension(ext)
             kept.parent.mkdir(parents=True, exist_ok=True)

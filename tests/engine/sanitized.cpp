@@ -45,7 +45,7 @@ struct Owned {
 
 void products() {
     for (int kind : {FLOAT, BF16, INT8, INT4})
-        for (auto [outputs, inputs] : {std::pair{1, 1}, {16, 32}, {37, 70}, {100, 33}, {31, 320}})
+        for (auto [outputs, inputs] : {std::pair{1, 1}, {16, 32}, {37, 70}, {100, 33}, {31, 320}, {330, 40}})
             for (int rows = 1; rows <= 64; rows = rows < 20 ? rows + 1 : rows + 11) {
                 Owned own;
                 const Matrix w = own.matrix(kind, outputs, inputs, 2, rows % 2);
@@ -55,7 +55,7 @@ void products() {
                     std::vector<float> row = numbers(inputs);
                     std::copy(row.begin(), row.end(), x.begin() + int64_t(r) * width);
                 }
-                glasklar_multiply(&w, 1, x.data(), rows, y.data());
+                glasklar_multiply(&w, 1, rows % 3 == 0, x.data(), rows, y.data());
                 glasklar_unpack(&w, 1, seen.data());
                 for (int r = 0; r < rows; ++r)
                     for (int o = 0; o < outputs; ++o) {

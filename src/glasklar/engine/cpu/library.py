@@ -83,7 +83,7 @@ class Pass(Struct):
     ]  # fmt: skip
 
 
-VERSION = 1  # of network.cpp
+VERSION = 2  # of network.cpp
 SIZES = [ctypes.sizeof(struct) for struct in (Matrix, Embedding, Shape, Layer, Draft, Pass)]
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -96,7 +96,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glasklar_digest": (ctypes.c_uint64, [p, i64]),
     "glasklar_pack": (None, [i32, i32, p, i64, i32, i32, i32, i32, p]),
     "glasklar_unpack": (None, [p, i32, p]),
-    "glasklar_multiply": (None, [p, i32, p, i32, p]),
+    "glasklar_multiply": (None, [p, i32, i32, p, i32, p]),
 }
 
 

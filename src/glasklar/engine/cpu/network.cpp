@@ -34,6 +34,7 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
         join_in_.reserve(T, 2 * shape.width);
         both_.resize(T * round_up(2 * shape.width, GROUP));
     }
+    far_ = active_bytes_ > 8 << 20;
     in_.reserve(T, shape.width);
     q_in_.reserve(T, std::max(shape.q_latent, 1));
     nope_in_.reserve(latent() ? T * H : 0, std::max(shape.nope, 1));
@@ -64,7 +65,7 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
     expert_start_.resize(shape.experts + 1);
     scratch_.resize(threads);
     for (Scratch& s : scratch_) {
-        s.products.resize(4 * 64 * TILE);
+        s.products.resize(64 * STREAMS * TILE);
         s.row.resize(round_up(std::max(padded_, mixed_width()), GROUP));
         s.values.resize((TOKENS + 1) * HEADS * round_up(mixed_width(), GROUP));
         s.queries.resize(HEADS * round_up(key_width(), GROUP) / LANES);
@@ -128,9 +129,7 @@ template <class Emit>
 void Network::tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit, const uint8_t* after) {
     // Blocks of rows stay in the near cache while the tiles pass by.
     for (int row = 0; row < count; row += 64)
-        for (int tile = first; tile < last; tile += 2)
-            multiply(w, copy, tile, std::min(2, last - tile), in, row_list + row, std::min(64, count - row),
-                     [&](int i, int j, Floats v) { emit(row + i, (tile + j) * TILE, v); }, tile + 2 < last ? nullptr : after);
+        multiply_all(w, copy, first, last, after, far_, in, row_list + row, std::min(64, count - row), [&](int i, int t, Floats v) { emit(row + i, t * TILE, v); });
 }
 
 // Task number `task` of a matrix that meets the rows of all tokens.
@@ -372,8 +371,8 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
         prepare(&normed_[int64_t(t) * padded_], feed_in_.rows, t);
     });
     const int router_row = round_up(std::max(s.experts, 1), TILE);
-    auto units = [](const Matrix& w) { return w.data ? w.tiles() / 4 : 0; };           // of 32 hidden values
-    auto run = [](const Matrix& w) { return std::max(1, run_length(w) / 3); };         // units a task
+    auto units = [](const Matrix& w) { return w.data ? w.tiles() / 4 : 0; };                 // of 32 hidden values
+    auto run = [this](const Matrix& w) { return std::max(1, run_length(w) / 4); };           // units a task
     auto runs = [&](const Matrix& w) { return (units(w) + run(w) - 1) / run(w); };
     me.parallel([&] { return tasks(layer.router) + runs(layer.gate_up); }, [&](int i) {
         if (i < tasks(layer.router))
@@ -392,21 +391,25 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
                         expert_in_.rows, start, scratch_[me.thread()]);
         });
     }
+    // A task adds up all experts' parts of some tiles: as many as are read side by side, if that leaves enough tasks.
     const int64_t bytes = (layer.down.data ? tile_bytes(layer.down.kind, layer.down.inputs) : 0) +
                           (layer.router.data ? int64_t(s.active) * tile_bytes(layer.experts_down.kind, layer.experts_down.inputs) : 0);
-    const int all = padded_ / TILE, each = pass_.tokens >= 64 ? 4 : pass_.tokens > 4 ? 2 : 2 * int(std::max<int64_t>(1, (32 << 10) / bytes));
-    me.parallel([&] { return (all + each - 1) / each; }, [&](int i) {
-        const int first = i * each, last = std::min(first + each, (s.width + TILE - 1) / TILE);
-        auto experts_tile = [&](size_t n) { return layer.router.data && n < busy_.size() ? layer.experts_down.tile(busy_[n], first) : nullptr; };
+    const int all = padded_ / TILE, fair = std::min(STREAMS, all / (8 * pool_.threads())) / 2 * 2;
+    const int each = std::max<int>(fair, pass_.tokens > 4 ? 2 : 2 * std::max<int64_t>(1, (32 << 10) / bytes));
+    const int whole = each >= 4 ? all * 3 / 4 / each : 0, rest = each >= 4 ? each / 2 : each;  // the last ones shorter: threads end together
+    me.parallel([&] { return whole + (all - whole * each + rest - 1) / rest; }, [&](int i) {
+        const int first = std::min(i, whole) * each + std::max(0, i - whole) * rest;
+        const int last = std::min(first + (i < whole ? each : rest), (s.width + TILE - 1) / TILE);
+        auto expert_tiles = [&](size_t n) { return layer.router.data && n < busy_.size() ? layer.experts_down.tile(busy_[n], first) : nullptr; };
         if (layer.down.data)
             tiles(layer.down, 0, first, last, hidden_in_.rows, every_.data(), pass_.tokens, [&](int t, int column, Floats v) { add_to(t, column, v); },
-                  experts_tile(0));
+                  expert_tiles(0));
         if (!layer.router.data) return;
         for (size_t n = 0; n < busy_.size(); ++n) {  // ascending, so that a token's experts are added in a fixed order
             const int e = busy_[n], start = expert_start_[e];
             tiles(layer.experts_down, e, first, last, expert_in_.rows, &every_[start], expert_start_[e + 1] - start, [&](int r, int column, Floats v) {
                 add_to(int(expert_tokens_[start + r]), column, v * weights_[expert_slots_[start + r]]);
-            }, experts_tile(n + 1));
+            }, expert_tiles(n + 1));
         }
     });
 }
@@ -414,21 +417,25 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
 // The gated hidden values, silu(gate) * up, for units of 32 hidden values, made ready for the next product. Tiles: all of the gate, then all of up.
 void Network::hidden_task(const Matrix& w, int copy, int unit_first, int unit_last, const Rows& in, const int64_t* row_list, int count,
                           const Rows& out, int64_t out_first, Scratch& scratch) {
+    constexpr int UNITS = STREAMS / 4;
     const int up = w.tiles() / 2;
     float* products = scratch.products.data();
     for (int row = 0; row < count; row += 64) {
         const int rows = std::min(64, count - row);
-        for (int unit = unit_first; unit < unit_last; ++unit) {
-            for (int part = 0; part < 2; ++part) {
-                const int then = part ? std::min(unit + 1, unit_last - 1) : unit;
-                multiply(w, copy, part * up + 2 * unit, 2, in, row_list + row, rows,
-                         [&](int i, int j, Floats v) { store(products + (i * 4 + part * 2 + j) * TILE, v); }, w.tile(copy, (1 - part) * up + 2 * then));
+        for (int first = unit_first; first < unit_last; first += UNITS) {
+            const int units = std::min(UNITS, unit_last - first);
+            Tiles tiles;
+            for (int j = 0; j < 4 * units; ++j) {
+                const int tile = 2 * (first + j / 4) + j % 2 + j % 4 / 2 * up;
+                tiles.add(w, copy, tile, w.tile(copy, std::min(tile + 2 * UNITS, w.tiles() - 1)));
             }
-            for (int i = 0; i < rows; ++i) {
-                float* p = products + i * 4 * TILE;
-                for (int half = 0; half < 2; ++half) store(p + half * TILE, gated(load(p + half * TILE), load(p + (2 + half) * TILE)));
-                prepare_group(p, out, out_first + row + i, unit);
-            }
+            multiply(w, copy, tiles, far_, in, row_list + row, rows, [&](int i, int j, Floats v) { store(products + (i * STREAMS + j) * TILE, v); });
+            for (int i = 0; i < rows; ++i)
+                for (int unit = 0; unit < units; ++unit) {
+                    float* p = products + (i * STREAMS + 4 * unit) * TILE;
+                    for (int half = 0; half < 2; ++half) store(p + half * TILE, gated(load(p + half * TILE), load(p + (2 + half) * TILE)));
+                    prepare_group(p, out, out_first + row + i, first + unit);
+                }
         }
     }
 }
@@ -552,7 +559,7 @@ EXPORT int glasklar_tier() {
 #else
 #define BUILT_FOR 0
 #endif
-constexpr int32_t VERSION = 1;
+constexpr int32_t VERSION = 2;
 EXPORT void glasklar_layout(int32_t* layout) {
     const int32_t found[] = {VERSION, BUILT_FOR, sizeof(Matrix), sizeof(Embedding), sizeof(Shape), sizeof(Layer), sizeof(Draft), sizeof(Pass)};
     std::memcpy(layout, found, sizeof found);
@@ -603,14 +610,13 @@ EXPORT void glasklar_unpack(const Matrix* w, int copy, float* to) {
 }
 
 // y [rows, outputs rounded up to 16] = x [rows, inputs rounded up to 32] times the matrix, as the pass multiplies; for tests and benches.
-EXPORT void glasklar_multiply(const Matrix* w, int copy, const float* x, int rows, float* y) {
+EXPORT void glasklar_multiply(const Matrix* w, int copy, int far, const float* x, int rows, float* y) {
     FlushTiny tiny;
     Prepared in;
     in.want(w->kind);
     in.reserve(rows, w->inputs);
     std::vector<int64_t> list(rows);
     for (int i = 0; i < rows; ++i) prepare(x + int64_t(i) * in.rows.width, in.rows, list[i] = i);
-    for (int t = 0; t < w->tiles(); t += 2)
-        multiply(*w, copy, t, std::min(2, w->tiles() - t), in.rows, list.data(), rows,
-                 [&](int i, int j, Floats v) { store(y + (int64_t(i) * w->tiles() + t + j) * TILE, v); });
+    multiply_all(*w, copy, 0, w->tiles(), nullptr, far, in.rows, list.data(), rows,
+                 [&](int i, int t, Floats v) { store(y + (int64_t(i) * w->tiles() + t) * TILE, v); });
 }

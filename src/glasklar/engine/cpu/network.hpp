@@ -144,7 +144,8 @@ class Network {
     void rotate(float* x, int position) const;
     // Products with all tiles [first, last) of a copy; rows are row_list[0..count) of `in`; emit(i, column, values).
     template <class Emit>
-    static void tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit, const uint8_t* after = nullptr);
+    void tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit,
+                      const uint8_t* after = nullptr);
     template <class Emit>
     void dense(const Matrix& w, int task, const Rows& in, Emit emit);
     Floats gated(Floats gate, Floats up) const {
@@ -156,10 +157,13 @@ class Network {
     }
     void hidden_task(const Matrix& w, int copy, int unit_first, int unit_last, const Rows& in, const int64_t* row_list, int count,
                      const Rows& out, int64_t out_first, Scratch& scratch);
-    // Tiles of one task, which are multiplied two by two: enough to stream (a start costs as much as some kilobytes), few enough to
-    // share out evenly.
-    static int run_length(const Matrix& w) { return w.data ? std::max<int64_t>(1, (64 << 10) / tile_bytes(w.kind, w.inputs)) * 2 : 1; }
-    static int tasks(const Matrix& w) { return w.data ? (w.tiles() + run_length(w) - 1) / run_length(w) * w.copies : 0; }
+    // Tiles of one task: enough to stream (a start costs as much as some kilobytes), as many as are read side by side where the
+    // matrix has enough of them, and few enough to share out evenly.
+    int run_length(const Matrix& w) const {
+        const int least = w.data ? std::max<int64_t>(1, (64 << 10) / tile_bytes(w.kind, w.inputs)) * 2 : 1;
+        return least < STREAMS && w.tiles() * w.copies >= 8 * STREAMS * pool_.threads() ? STREAMS : least;
+    }
+    int tasks(const Matrix& w) const { return w.data ? (w.tiles() + run_length(w) - 1) / run_length(w) * w.copies : 0; }
 
     Shape shape_;
     std::vector<Layer> layers_;
@@ -170,6 +174,7 @@ class Network {
     Pool pool_;
     Pass pass_{};
     int64_t active_bytes_ = 0, draft_bytes_ = 0;  // that a token passes
+    bool far_ = false;                            // more than a core's caches keep from one pass to the next
 
     int padded_ = 0;  // width, in whole groups
     Buffer<float> x_, normed_, both_, q_, q_latent_, kv_, mixed_, joined_, router_;
