@@ -137,11 +137,14 @@ inline uint32_t four_bytes(const int8_t* p) {
 template <int KIND>
 inline PartInts dot_group(const PartWords* w, const int8_t* x, int32_t sum) {
 #if defined(__AVX512VNNI__)
-    PartInts dot = PartInts{} + (KIND == INT4 ? sum : sum * 16);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-        dot = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(dot), reinterpret_cast<__m512i>(w[i]), _mm512_set1_epi32(int(four_bytes(x + 4 * i)))));
-    return dot;
+    // Two chains: their order does not matter to integers, and one would wait for itself.
+    __m512i even = _mm512_set1_epi32(KIND == INT4 ? sum : sum * 16), odd = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        even = _mm512_dpbusd_epi32(even, reinterpret_cast<__m512i>(w[i]), _mm512_set1_epi32(int(four_bytes(x + 4 * i))));
+        odd = _mm512_dpbusd_epi32(odd, reinterpret_cast<__m512i>(w[i + 1]), _mm512_set1_epi32(int(four_bytes(x + 4 * i + 4))));
+    }
+    return reinterpret_cast<Ints>(_mm512_add_epi32(even, odd));
 #elif defined(__AVX2__)
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i dot = _mm256_set1_epi32(KIND == INT4 ? sum : 0), pairs = _mm256_setzero_si256();
