@@ -74,13 +74,22 @@ inline void take_queries(const T* queries, int heads, int width, Part<T>* out) {
 template <class T, int H>
 inline Floats dots(const Part<T>* queries, const T* const* keys, int width) {
     Floats total[LANES] = {};
-    for (int k = 0; k < width; k += STEP<T>, queries += H)
+    auto add = [&](auto read) {
+        Part<T> part_of[LANES / H];
 #pragma GCC unroll 16
-        for (int j = 0; j < LANES / H; ++j) {
-            const Part<T> key = Cached<T>::of(part(keys[j] + k, width - k));
+        for (int j = 0; j < LANES / H; ++j) part_of[j] = Cached<T>::of(read(keys[j]));
 #pragma GCC unroll 8
-            for (int h = 0; h < H; ++h) total[j * H + h] = Cached<T>::dot(total[j * H + h], queries[h], key);
+        for (int h = 0; h < H; ++h) {
+            Part<T> query = queries[h];
+            keep(query);
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES / H; ++j) total[j * H + h] = Cached<T>::dot(total[j * H + h], query, part_of[j]);
         }
+        queries += H;
+    };
+    int k = 0;
+    for (; k + STEP<T> <= width; k += STEP<T>) add([k](const T* key) { return load_as<Words>(key + k); });
+    if (k < width) add([k, width](const T* key) { return part(key + k, width - k); });
     return sums_of(total);
 }
 

@@ -31,7 +31,8 @@ inline V load_as(const P* p) {
     return v;
 }
 
-inline Floats spread(float x) { return Floats{} + x; }
+// Written out, as compilers take 0 + x for an addition.
+inline Floats spread(float x) { return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 inline Floats load(const float* p) { return load_as<Floats>(p); }
 inline Floats load(const bf16* p) {
     return reinterpret_cast<Floats>(__builtin_convertvector(load_as<Halves>(p), Words) << 16);
@@ -179,6 +180,19 @@ inline void pair_rows(Words a, Words b, Pairs& even, Pairs& odd) {
     even = {reinterpret_cast<Floats>(a << 16), reinterpret_cast<Floats>(b << 16)};
     odd = {reinterpret_cast<Floats>(a & 0xffff0000u), reinterpret_cast<Floats>(b & 0xffff0000u)};
 }
+#endif
+
+// Compilers make operands in memory of what is loaded once and used twice; two loads of whole vectors a cycle are more than the
+// processor has. This one stays in a register.
+inline void keep(Floats& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#endif
+}
+#if defined(__AVX512BF16__)
+inline void keep(Pairs& v) { asm("" : "+v"(v)); }
+#else
+inline void keep(Pairs& v) { keep(v.first), keep(v.second); }
 #endif
 
 // a . b of pairs added to c: the second products first, each fused, as the instruction does it.

@@ -81,6 +81,8 @@ void Network::run(const Pass& pass) {
     spans_ = pass.tokens * blocks < 8 && longest > SPAN ? (longest + SPAN - 1) / SPAN : 0;
     // Tokens that follow each other share the rows that a task has in its near cache.
     const int together = spans_ ? 1 : std::min(TOKENS, std::max(1, pass.tokens * blocks / 16));
+    // Blocks of heads that share their keys are one task where that leaves enough of them: the keys are read once.
+    blocks_ = latent() && spans_ * pass.tokens >= 8 * pool_.threads() ? blocks : 1;
     queries_.clear();
     for (int t = 0; t < pass.tokens; ++t) {
         const bool next = t && pass.sequences[t] == pass.sequences[t - 1] && pass.positions[t] == pass.positions[t - 1] + 1;
@@ -236,11 +238,12 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
                       for (int j = 0; j < TILE && column + j < s.latent; ++j) put(query + (int64_t(t) * H + h) * KEY + column + j, v[j]);
                   });
         });
-    me.parallel([&] { return int(queries_.size()) * s.attention_tasks() * std::max(1, spans_); }, [&](int i) { attend_task<T>(me, layer, index, i); });
-    me.parallel(tokens, [&](int t) {
-        if (spans_) join_spans(layer, t);
-        if (!latent()) return;
-        for (int h = 0; h < H; ++h) prepare(&mixed_[(int64_t(t) * H + h) * MIXED], mixed_in_.rows, int64_t(t) * H + h);
+    me.parallel([&] { return int(queries_.size()) * s.attention_tasks() / blocks_ * std::max(1, spans_); }, [&](int i) { attend_task<T>(me, layer, index, i); });
+    me.parallel([&] { return pass_.tokens * (spans_ ? s.attention_tasks() : 1); }, [&](int i) {
+        const int each = spans_ ? s.attention_tasks() : 1, t = i / each;
+        HeadRange range = spans_ ? heads_of(i % each) : HeadRange{0, 0, H};
+        if (spans_) join_spans(layer, t, i % each);
+        for (int h = range.first; latent() && h < range.first + range.count; ++h) prepare(&mixed_[(int64_t(t) * H + h) * MIXED], mixed_in_.rows, int64_t(t) * H + h);
     });
     const int64_t joined_row = round_up(H * s.value, GROUP);
     if (latent())
@@ -294,14 +297,13 @@ void Network::cache_rows(int layer, int token, int from, int to, int offset, con
     }
 }
 
-// A few tokens of one sequence, up to eight heads, and one span or all of them.
+// A few tokens of one sequence, a block of heads or several, and one span or all of them.
 template <class T>
 void Network::attend_task(Worker& me, const Layer& layer, int index, int task) {
     const Shape& s = shape_;
-    const int blocks = s.attention_tasks(), block = task % blocks, span = spans_ ? task / blocks % spans_ : 0;
-    const Query& some = queries_[task / blocks / std::max(1, spans_)];
-    const int groups = latent() ? 1 : s.kv_heads, shared = s.heads / groups, each = blocks / groups, group = block / each;
-    const int head = group * shared + block % each * HEADS, heads = std::min(HEADS, group * shared + shared - head);
+    const int blocks = s.attention_tasks(), first_block = task % (blocks / blocks_) * blocks_, rest = task / (blocks / blocks_);
+    const int span = spans_ ? rest % spans_ : 0;
+    const Query& some = queries_[rest / std::max(1, spans_)];
     const int KEY = key_width(), value_at = latent() ? 0 : KEY, width = round_up(mixed_width(), GROUP);
     const T* query = reinterpret_cast<const T*>(s.float_cache ? static_cast<const void*>(wide_query_.data()) : static_cast<const void*>(narrow_query_.data()));
     Scratch& scratch = scratch_[me.thread()];
@@ -309,59 +311,67 @@ void Network::attend_task(Worker& me, const Layer& layer, int index, int task) {
     auto end = [&](int t) { return pass_.positions[t] + 1; };
     const T* rows[SPAN];
     // The span that begins at `first`, for token t of those whose rows begin at `at`; whether it has any keys.
-    auto one = [&](int t, int first, int at, Mixed& out) {
+    auto one = [&](int t, const HeadRange& heads, int first, int at, Mixed& out) {
         const int from = std::max(first, begin(t)), to = std::min(first + SPAN, end(t));
         if (from >= to) return false;
-        attend(query + (int64_t(t) * s.heads + head) * KEY, heads, KEY, rows + from - at, to - from, value_at, mixed_width(), s.softmax_scale,
+        attend(query + (int64_t(t) * s.heads + heads.first) * KEY, heads.count, KEY, rows + from - at, to - from, value_at, mixed_width(), s.softmax_scale,
                reinterpret_cast<Part<T>*>(scratch.queries.data()), out);
         return true;
     };
-    const int last = some.first + some.count - 1, offset = latent() ? 0 : group * (KEY + s.value);
+    const int last = some.first + some.count - 1, offset = latent() ? 0 : heads_of(first_block).group * (KEY + s.value);
     auto take_rows = [&](int first) {
         const int from = std::max(first, begin(some.first)), to = std::min(first + SPAN, end(last));
         cache_rows<T>(index, last, from, to, offset, rows);
         return from;
     };
     if (spans_) {
-        if (!one(last, span * SPAN, take_rows(span * SPAN), span_[task])) span_[task].clear();
+        const int at = take_rows(span * SPAN);
+        for (int block = first_block; block < first_block + blocks_; ++block) {
+            Mixed& out = span_[int64_t(rest) * blocks + block];
+            if (!one(last, heads_of(block), span * SPAN, at, out)) out.clear();
+        }
         return;
     }
+    const HeadRange heads = heads_of(first_block);
     Mixed all[TOKENS], next{{}, {}, scratch.values.data() + TOKENS * HEADS * width, width};
     for (int i = 0; i < some.count; ++i) {
         all[i].values = scratch.values.data() + i * HEADS * width, all[i].width = width;
-        begin_mix(layer, head, heads, all[i]);
+        begin_mix(layer, heads, all[i]);
     }
     for (int first = begin(some.first) / SPAN * SPAN; first < end(last); first += SPAN) {
         const int at = take_rows(first);
         for (int i = 0; i < some.count; ++i)
-            if (one(some.first + i, first, at, next)) all[i].join(next, heads);
+            if (one(some.first + i, heads, first, at, next)) all[i].join(next, heads.count);
     }
-    for (int i = 0; i < some.count; ++i) finish_mix(all[i], some.first + i, head, heads);
+    for (int i = 0; i < some.count; ++i) finish_mix(all[i], some.first + i, heads);
 }
 
-void Network::begin_mix(const Layer& layer, int head, int heads, Mixed& all) const {
+Network::HeadRange Network::heads_of(int block) const {
+    const int groups = latent() ? 1 : shape_.kv_heads, shared = shape_.heads / groups, each = shape_.attention_tasks() / groups, group = block / each;
+    const int first = group * shared + block % each * HEADS;
+    return {group, first, std::min(HEADS, group * shared + shared - first)};
+}
+
+void Network::begin_mix(const Layer& layer, const HeadRange& heads, Mixed& all) const {
     all.clear();
     // A sink is a score without a value (arXiv 2309.17453; gpt-oss).
-    for (int h = 0; layer.sinks && h < heads; ++h) all.top[h] = layer.sinks[head + h], all.total[h] = 1;
+    for (int h = 0; layer.sinks && h < heads.count; ++h) all.top[h] = layer.sinks[heads.first + h], all.total[h] = 1;
 }
 
-void Network::finish_mix(const Mixed& all, int token, int head, int heads) {
+void Network::finish_mix(const Mixed& all, int token, const HeadRange& heads) {
     const int row = round_up(mixed_width(), GROUP);
-    for (int h = 0; h < heads; ++h) all.finish(h, &mixed_[(int64_t(token) * shape_.heads + head + h) * row], mixed_width());
+    for (int h = 0; h < heads.count; ++h) all.finish(h, &mixed_[(int64_t(token) * shape_.heads + heads.first + h) * row], mixed_width());
 }
 
-void Network::join_spans(const Layer& layer, int token) {
-    const int blocks = shape_.attention_tasks(), groups = latent() ? 1 : shape_.kv_heads, shared = shape_.heads / groups, each = blocks / groups;
+void Network::join_spans(const Layer& layer, int token, int block) {
     const int end = pass_.positions[token] + 1, begin = layer.window ? std::max(0, end - layer.window) : 0;
-    for (int block = 0; block < blocks; ++block) {
-        const int group = block / each, head = group * shared + block % each * HEADS, heads = std::min(HEADS, group * shared + shared - head);
-        const int width = round_up(mixed_width(), GROUP);
-        Buffer<float> values(HEADS * width);
-        Mixed all{{}, {}, values.data(), width};
-        begin_mix(layer, head, heads, all);
-        for (int span = begin / SPAN; span * SPAN < end; ++span) all.join(span_[(token * spans_ + span) * blocks + block], heads);
-        finish_mix(all, token, head, heads);
-    }
+    const int width = round_up(mixed_width(), GROUP);
+    const HeadRange heads = heads_of(block);
+    Buffer<float> values(HEADS * width);
+    Mixed all{{}, {}, values.data(), width};
+    begin_mix(layer, heads, all);
+    for (int span = begin / SPAN; span * SPAN < end; ++span) all.join(span_[(int64_t(token) * spans_ + span) * shape_.attention_tasks() + block], heads.count);
+    finish_mix(all, token, heads);
 }
 
 void Network::feed_forward(Worker& me, const Layer& layer) {

@@ -128,9 +128,14 @@ class Network {
         const uint8_t* rows = pass_.cache + layer * pass_.layer_stride;
         return reinterpret_cast<const T*>(rows) + (int64_t(page) * shape_.page + position % shape_.page) * cache_width();
     }
-    void begin_mix(const Layer& layer, int head, int heads, Mixed& all) const;
-    void finish_mix(const Mixed& all, int token, int head, int heads);
-    void join_spans(const Layer& layer, int token);
+    // Up to HEADS heads that share their keys, those of `group`.
+    struct HeadRange {
+        int group, first, count;
+    };
+    HeadRange heads_of(int block) const;
+    void begin_mix(const Layer& layer, const HeadRange& heads, Mixed& all) const;
+    void finish_mix(const Mixed& all, int token, const HeadRange& heads);
+    void join_spans(const Layer& layer, int token, int block);
     void add_to(int token, int column, Floats v) {
         float* x = &x_[int64_t(token) * padded_ + column];
         store(x, load(x) + v);
@@ -192,7 +197,8 @@ class Network {
     Buffer<int32_t> chosen_, expert_start_, busy_;
     Buffer<float> weights_;
     std::vector<Scratch> scratch_;
-    int spans_ = 0;  // spans a query is cut into for parallel work; 0: a task takes all of them
+    int spans_ = 0;   // spans a query is cut into for parallel work; 0: a task takes all of them
+    int blocks_ = 1;  // blocks of heads a task takes
 };
 
 }  // namespace glasklar
