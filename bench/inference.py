@@ -11,8 +11,9 @@ copy of its own: the traffic of a real model. A file has the bits that we use: 4
 values, 8 in the head and the absorbed projections. --keep DIR keeps both sides' files for the next time.
 
 Beside decoding stands the share of the read bandwidth, measured in the same minute: bytes that a token passes (weights,
-and its cache) over what the memory gives to the better one of a plain sum and of reading eight streams (shared/read.c). Beside prefill: its rate of products over that of a large bf16
-one. Start and memory are those of a process of its own (shared/probe.py), with the files in the system's page cache.
+and its cache) over what the memory gives to the better one of a plain sum and of reading eight streams (shared/read.c).
+Beside prefill: its rate of products over that of a large bf16 one. Start and memory are those of a process of its own
+(shared/probe.py), with the files in the system's page cache.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ class Row:
     transformers: float | None = None
 
 
+# Seconds before a turn: threads of the other side stay awake for a while after their work, and would take a core.
+REST = 0.1
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -136,12 +140,19 @@ def measure(ours: Ours, peers: Mapping[str, Peer], figure: Figure, rounds: int) 
     """Median tokens a second of both sides, of their ratio, and our share of the machine's limit. The peer is the
     better one of its variants, found in the first round."""
     rounds = rounds if figure.tokens == 1 else max(2, rounds // 4)
-    tried = {name: [peer.run(figure, turn) for turn in range(2)][-1] for name, peer in peers.items()}
+
+    def timed(side: Ours | Peer, turn: int) -> float:
+        time.sleep(REST)
+        if figure.tokens == 1:
+            side.run(figure, turn)  # wakes its threads, as the token before would
+        return side.run(figure, turn)
+
+    tried = {name: [timed(peer, turn) for turn in range(2)][-1] for name, peer in peers.items()}
     peer = peers[min(tried, key=tried.__getitem__)]
-    ours.run(figure, 0)
+    timed(ours, 0)
     pairs, shares = [], []
     for turn in range(2, rounds + 2):
-        mine, theirs = ours.run(figure, turn), peer.run(figure, turn)
+        mine, theirs = timed(ours, turn), timed(peer, turn)
         pairs.append((mine, theirs))
         if turn % 4 == 2:
             if figure.tokens == 1:

@@ -48,18 +48,19 @@ class Ours:
     """The pass of our engine over packed weights."""
 
     def __init__(self, files: Files, tokens: int, threads: int) -> None:
-        self.config = files.config
+        self.config, self.file = files.config, files.packed
         library, self.model = files.open_packed(threads)
-        with files.packed.open("rb") as file:  # into the system's cache: the peer holds its weights in memory
-            while file.read(1 << 24):
-                pass
         self.network = NativeNetwork(library, self.model, threads=threads, page=PAGE, max_tokens=PASS_TOKENS)
         self.cache = self.network.new_cache(-(-tokens // PAGE) + 1)
         self.rng = np.random.default_rng(0)
 
     def fill(self) -> None:
-        """Something to attend to, for figures after a context."""
+        """Something to attend to, for figures after a context, and the file in the system's cache: the peer holds its
+        weights in memory."""
         self.cache.normal_()
+        with self.file.open("rb") as file:
+            while file.read(1 << 24):
+                pass
 
     def run(self, figure: Figure, turn: int) -> float:
         """Seconds of one pass of the figure (or more, of 512 tokens each)."""

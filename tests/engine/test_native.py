@@ -127,6 +127,26 @@ def test_same_bits_alone_in_company_in_any_chunks_threads_and_builds(shape: str,
                 assert np.array_equal(alone, wanted), (build, chunk, len(prompt))
 
 
+def test_a_long_context_has_the_same_bits_however_its_spans_are_shared_out() -> None:
+    model = network("mla", num_attention_heads=12, max_position_embeddings=4096)
+    prompt = np.random.default_rng(7).integers(0, model.config.vocab_size, 2100).astype(np.int32)
+    tables, temperature, uniform = np.arange(132, dtype=np.int32)[None], np.zeros(1, np.float32), np.zeros(1)
+    # The last token in a chunk, then alone: its spans are tasks of their own, in which one thread takes all heads together.
+    pieces = [(first, min(first + 512, len(prompt))) for first in range(0, len(prompt), 512)]
+    pieces.append((len(prompt) - 1, len(prompt)))
+    found = []
+    for threads in (1, 2, 4):
+        net = native(model, BUILDS[0], "int8", threads)
+        cache = net.new_cache(132)
+        for begin, end in pieces:
+            at, last = np.arange(begin, end, dtype=np.int32), np.array([end - begin - 1], np.int32)
+            logits, _, _ = net.run(cache, prompt[at], at, np.zeros_like(at), tables, last, temperature, uniform)
+            if end == len(prompt):
+                found.append(logits[0].copy())
+    assert len(found) == 6
+    assert all(np.array_equal(logits, found[0]) for logits in found)
+
+
 @pytest.mark.parametrize("shape", ["mla", "gqa, experts"])
 def test_draft_module_is_that_of_the_network_in_any_pieces(shape: str) -> None:
     """States of the main pass, and the module's logits over a cache of its own; beside other sequences."""
