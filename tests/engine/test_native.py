@@ -131,7 +131,7 @@ def test_a_long_context_has_the_same_bits_however_its_spans_are_shared_out() -> 
     model = network("mla", num_attention_heads=12, max_position_embeddings=4096)
     prompt = np.random.default_rng(7).integers(0, model.config.vocab_size, 2100).astype(np.int32)
     tables, temperature, uniform = np.arange(132, dtype=np.int32)[None], np.zeros(1, np.float32), np.zeros(1)
-    # The last token in a chunk, then alone: its spans are tasks of their own, in which one thread takes all heads together.
+    # The last token in a chunk, then alone: then its spans are tasks, in which one thread takes all heads together.
     pieces = [(first, min(first + 512, len(prompt))) for first in range(0, len(prompt), 512)]
     pieces.append((len(prompt) - 1, len(prompt)))
     found = []
