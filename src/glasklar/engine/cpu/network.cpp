@@ -381,8 +381,8 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
         prepare(&normed_[int64_t(t) * padded_], feed_in_.rows, t);
     });
     const int router_row = round_up(std::max(s.experts, 1), TILE);
-    auto units = [](const Matrix& w) { return w.data ? w.tiles() / 4 : 0; };                 // of 32 hidden values
-    auto run = [this](const Matrix& w) { return std::max(1, run_length(w) / 4); };           // units a task
+    auto units = [](const Matrix& w) { return w.data ? w.tiles() / 4 : 0; };          // of 32 hidden values
+    auto run = [this](const Matrix& w) { return std::max(1, run_length(w) / 4); };    // units a task
     auto runs = [&](const Matrix& w) { return (units(w) + run(w) - 1) / run(w); };
     me.parallel([&] { return tasks(layer.router) + runs(layer.gate_up); }, [&](int i) {
         if (i < tasks(layer.router))

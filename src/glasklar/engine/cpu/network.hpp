@@ -150,7 +150,7 @@ class Network {
     // Products with all tiles [first, last) of a copy; rows are row_list[0..count) of `in`; emit(i, column, values).
     template <class Emit>
     void tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit,
-                      const uint8_t* after = nullptr);
+               const uint8_t* after = nullptr);
     template <class Emit>
     void dense(const Matrix& w, int task, const Rows& in, Emit emit);
     Floats gated(Floats gate, Floats up) const {
