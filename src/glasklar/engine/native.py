@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glasklar.engine.cpu.library import Draft, Embedding, Layer, Pass, Shape
 from glasklar.engine.packed import PackedLayer, PackedModel
+from glasklar.engine.paged import new_pages
 from glasklar.model.attention import inverse_frequencies
 
 LATENT_EPS = 1e-6  # the norms within MLA have one of their own
@@ -76,10 +77,8 @@ class NativeNetwork:
 
     def new_cache(self, pages: int) -> Tensor:
         """[layers, pages, page, cache width]"""
-        c, width = self.config, self.config.cache_width * self.cache_dtype.itemsize
-        # Zeros of numpy's come from the system page by page when they are first met; torch would write them all now.
-        memory = np.zeros((c.num_hidden_layers, pages, self.page, width), np.uint8)
-        return torch.from_numpy(memory).view(self.cache_dtype)
+        c = self.config
+        return new_pages(c.num_hidden_layers, pages, self.page, c.cache_width, self.cache_dtype)
 
     def run(
         self,

@@ -13,7 +13,7 @@ from glasklar.engine.batch import Rows, distinct
 from glasklar.engine.cpu import library
 from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, PackedModel, Packer, Quantisation, pack
-from glasklar.engine.paged import PAGE, PageCache
+from glasklar.engine.paged import PAGE, PageCache, new_pages
 from glasklar.engine.runner import Result
 from glasklar.engine.sampler import uniform
 from glasklar.engine.spill import Spill, SpillConfig
@@ -101,8 +101,7 @@ class NativeRunner:
         # The module's cache has the same pages. What it holds of a page may be missing, or stem from another text that
         # went on otherwise: then its guesses are worse, and no answer is different.
         pages = self.cache.data.shape[1] if self.has_module else 1
-        size = dtype.itemsize * model.config.cache_width
-        self._module_cache = torch.from_numpy(np.zeros((1, pages, PAGE, size), np.uint8)).view(dtype)
+        self._module_cache = new_pages(1, pages, PAGE, model.config.cache_width, dtype)
 
     @property
     def config(self) -> ModelConfig:
@@ -115,7 +114,7 @@ class NativeRunner:
     def _layout(self) -> str:
         """What determines the bytes of a cache page beside the weights themselves."""
         kinds = sorted({matrix.kind for layer in self.network.model.layers for matrix in layer.matrices.values()})
-        return f"kinds {kinds} cache {self.network.cache_dtype} page {PAGE} {self.config.model_dump_json()}"
+        return f"engine {library.VERSION} kinds {kinds} cache {self.network.cache_dtype} page {PAGE} {self.config.model_dump_json()}"
 
     def _network(self) -> NativeNetwork:
         compiled = library.best()

@@ -44,6 +44,18 @@ class PageRoom:
         return count <= self.max_slots and -(-total // PAGE) + count - 1 <= self.max_tokens // PAGE
 
 
+def new_pages(layers: int, pages: int, page: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros [layers, pages, page, width]. The system gives the memory bit by bit when it is first met (numpy's zeros; those
+    of torch would be written now). Rows do not begin within a line of the CPU's caches: reading across two costs twice.
+
+    Raises MemoryError.
+    """
+    size = layers * pages * page * width * dtype.itemsize
+    memory = np.zeros(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(layers, pages, page, width)
+
+
 class PageCache:
     """[L, pages, PAGE, width]; memory is taken by the system page by page as it is written.
 
@@ -53,14 +65,12 @@ class PageCache:
     def __init__(self, config: ModelConfig, *, max_tokens: int, dtype: torch.dtype, spill: Spill | None = None) -> None:
         self.max_tokens, self.spill = max_tokens, spill
         count = max_tokens // PAGE
-        size = torch.tensor([], dtype=dtype).element_size()
         try:
-            memory = np.zeros((config.num_hidden_layers, count, PAGE, config.cache_width * size), np.uint8)
+            self.data = new_pages(config.num_hidden_layers, count, PAGE, config.cache_width, dtype)
         except MemoryError:
-            gigabytes = config.num_hidden_layers * max_tokens * config.cache_width * size / 1e9
+            gigabytes = config.num_hidden_layers * max_tokens * config.cache_width * dtype.itemsize / 1e9
             raise CapacityError(f"the cache needs {gigabytes:.1f} GB; lower max_tokens = {max_tokens}") from None
-        self._memory = memory
-        self.data = torch.from_numpy(memory).view(dtype)
+        self._memory = self.data.view(torch.uint8).numpy()
         self.tables = np.zeros((0, 8), np.int32)
         self._held = np.zeros(0, np.int64)  # pages of each row
         self._users = np.zeros(count, np.int32)  # rows and the index

@@ -2,16 +2,25 @@
 //
 // Keys come in spans that begin at fixed positions. Each span is summed on its own and the spans are joined in order, so that
 // the result does not depend on who computes which span, nor on how the prompt was cut.
+//
+// Rows of bf16 are multiplied as 16-bit integers with a scale: sums of integers are exact and take two products a lane. A row
+// and a query have the Euclidean length REACH then, so that no sum leaves 32 bits (Cauchy and Schwarz); the rounding is finer
+// than that of bf16.
 #pragma once
+
+#include <utility>
+#include <vector>
 
 #include "lanes.hpp"
 
 namespace glasklar {
 
 constexpr int SPAN = 256, HEADS = 8;
+constexpr float REACH = 32767;
 
 // Sums of the lanes of 16 vectors, as one vector: pairs, then pairs of pairs, and so on.
-inline Floats sums_of(const Floats* v) {
+template <class V>
+inline V sums_of(const V* v) {
 #define JOIN(a, b, first, second) \
     (__builtin_shufflevector(a, b, first) + __builtin_shufflevector(a, b, second))
 #define EVEN 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
@@ -22,7 +31,7 @@ inline Floats sums_of(const Floats* v) {
 #define ODD4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
 #define LOW 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define HIGH 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-    Floats a[8], b[4], c[2];
+    V a[8], b[4], c[2];
     for (int i = 0; i < 8; ++i) a[i] = JOIN(v[2 * i], v[2 * i + 1], EVEN, ODD);
     for (int i = 0; i < 4; ++i) b[i] = JOIN(a[2 * i], a[2 * i + 1], EVEN2, ODD2);
     for (int i = 0; i < 2; ++i) c[i] = JOIN(b[2 * i], b[2 * i + 1], EVEN4, ODD4);
@@ -48,50 +57,32 @@ inline Words part(const T* p, int left) {
     return w;
 }
 
-// 64 bytes of a cached row as the products take them.
-template <class T> struct Cached;
-template <> struct Cached<float> {
-    typedef Floats Part;
-    static Part of(Words w) { return reinterpret_cast<Floats>(w); }
-    static Floats dot(Floats c, const Part& a, const Part& b) { return fma(a, b, c); }
-};
-template <> struct Cached<bf16> {
-    typedef Pairs Part;
-    static Part of(Words w) { return pairs(w); }
-    static Floats dot(Floats c, const Part& a, const Part& b) { return dot_pairs(c, a, b); }
-};
-template <class T> using Part = typename Cached<T>::Part;
-template <class T> constexpr int STEP = 64 / sizeof(T);
+// Lanes are heads times keys: lane h * KEYS + j is head h and key j.
+template <int H> constexpr int KEYS = LANES / H;
 
-// The queries of a block of heads, [width / STEP, H], zeros for heads that are none.
-template <class T, int H>
-inline void take_queries(const T* queries, int heads, int width, Part<T>* out) {
-    for (int k = 0; k < width; k += STEP<T>)
-        for (int h = 0; h < H; ++h) *out++ = Cached<T>::of(h < heads ? part(queries + h * width + k, width - k) : Words{});
+template <int N, int... I>
+inline Floats repeat(Floats v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (I % N)...);
 }
-
-// Lane j * H + h: query h . key j, over `width` values.
-template <class T, int H>
-inline Floats dots(const Part<T>* queries, const T* const* keys, int width) {
-    Floats total[LANES] = {};
-    auto add = [&](auto read) {
-        Part<T> part_of[LANES / H];
-#pragma GCC unroll 16
-        for (int j = 0; j < LANES / H; ++j) part_of[j] = Cached<T>::of(read(keys[j]));
-#pragma GCC unroll 8
-        for (int h = 0; h < H; ++h) {
-            Part<T> query = queries[h];
-            keep(query);
-#pragma GCC unroll 16
-            for (int j = 0; j < LANES / H; ++j) total[j * H + h] = Cached<T>::dot(total[j * H + h], query, part_of[j]);
-        }
-        queries += H;
-    };
-    int k = 0;
-    for (; k + STEP<T> <= width; k += STEP<T>) add([k](const T* key) { return load_as<Words>(key + k); });
-    if (k < width) add([k, width](const T* key) { return part(key + k, width - k); });
-    return sums_of(total);
+// A value for each key, whatever the head (LANES of them are read); a value for each head, whatever the key.
+template <int H>
+inline Floats by_key(const float* p) { return repeat<KEYS<H>>(load(p), std::make_integer_sequence<int, LANES>()); }
+template <int H>
+inline Floats by_head(const float* p) {
+    Floats v;
+    for (int lane = 0; lane < LANES; ++lane) v[lane] = p[lane / KEYS<H>];
+    return v;
 }
+// Over the keys of a vector, in order.
+template <int H, class Join>
+inline void over_keys(Floats v, float* by_head, Join join) {
+    for (int h = 0; h < H; ++h) {
+        by_head[h] = v[h * KEYS<H>];
+        for (int j = 1; j < KEYS<H>; ++j) by_head[h] = join(by_head[h], v[h * KEYS<H> + j]);
+    }
+}
+inline float add(float a, float b) { return a + b; }
+inline float most(float a, float b) { return a < b ? b : a; }  // NaN stays if it comes first
 
 // What one span, or several joined, give: the largest score, the sum of the weights, and the weighted sum of the values.
 struct Mixed {
@@ -121,124 +112,264 @@ struct Mixed {
     }
 };
 
-// Weights of a span, [keys, H]. Those that meet bf16 are rounded to it, and kept in pairs of keys where the products want that.
-template <class T, int H>
-class Weights {
-   public:
-    // Of as many keys from `key` on as fill a vector; returns them as kept.
-    Floats put(int key, Floats v) {
-        store(values_ + key * H, v);
-        return v;
+// Weights of a span's keys, [blocks of KEYS, H, KEYS]: exp(score - the head's largest). score(i) gives block i.
+template <int H, class Score>
+inline void weigh(int count, Score score, Floats* weights, Mixed& out) {
+    const int blocks = (count + KEYS<H> - 1) / KEYS<H>;
+    Floats peak = spread(-INFINITY), total{};
+    for (int i = 0; i < blocks; ++i) {
+        weights[i] = score(i);
+        if (const int left = count - i * KEYS<H>; left < KEYS<H>)
+            for (int lane = 0; lane < LANES; ++lane)
+                if (lane % KEYS<H> >= left) weights[i][lane] = -INFINITY;
+        peak = larger(peak, weights[i]);
     }
-    Floats operator()(int key, int h) const { return spread(values_[key * H + h]); }
+    over_keys<H>(peak, out.top, most);
+    peak = by_head<H>(out.top);
+    for (int i = 0; i < blocks; ++i) total += weights[i] = exp(weights[i] - peak);
+    over_keys<H>(total, out.total, add);
+}
 
-   private:
-    alignas(64) float values_[SPAN * H];
+// --- rows of 16-bit integers ------------------------------------------------------------------------------------------------
+
+// Rows, or queries: value = integer * scale. There is room for LANES rows more than are taken, whose scales are 0.
+struct Fixed {
+    int16_t* integers;
+    float* scales;
+    int row, step;  // from a row to the next, and from 32 values of a row to the next 32
+
+    const int16_t* at(int i) const { return integers + int64_t(i) * row; }
 };
-template <int H>
-class Weights<bf16, H> {
-   public:
-    Floats put(int key, Floats v) {
-        const Words w = rounded(v);
-#if defined(__AVX512BF16__)
-        for (int i = 0; i < LANES / 2; ++i) {
-            const int at = i / H * 2 * H + i % H;
-            values_[key / 2 * H + i] = w[at] >> 16 | w[at + H];
+
+// The 32 values at p as floats: those at even places, those at odd ones; zeros beyond `left`.
+inline void two(const bf16* p, int left, Floats& even, Floats& odd) {
+    Words w = part(p, left);
+    keep(w);
+    even = reinterpret_cast<Floats>(w << 16), odd = reinterpret_cast<Floats>(w & 0xffff0000u);
+}
+inline void two(const float* p, int left, Floats& even, Floats& odd) {
+    const Floats a = reinterpret_cast<Floats>(part(p, left)), b = reinterpret_cast<Floats>(part(p + LANES, left - LANES));
+    even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// Takes `count` rows of `width` values each. What is not finite ends up in the scale.
+template <class T, class RowAt>
+inline void take_rows(RowAt row_at, int count, int width, const Fixed& to) {
+    const int whole = width / 32 * 32;
+    for (int first = 0; first < count; first += LANES) {
+        const int rows = std::min(LANES, count - first);
+        Floats squares[LANES] = {};
+        for (int i = 0; i < rows; ++i) {
+            const T *row = row_at(first + i), *later = row_at(std::min(first + i + LANES, count - 1));
+            Floats evens{}, odds{}, even, odd;
+            auto take = [&](int k, int left) {
+                two(row + k, left, even, odd);
+                evens = fma(even, even, evens), odds = fma(odd, odd, odds);
+            };
+            for (int k = 0; k < whole; k += 32) __builtin_prefetch(later + k), take(k, 32);
+            if (whole < width) take(whole, width - whole);
+            squares[i] = evens + odds;
         }
-#else
-        store(values_ + key * H, reinterpret_cast<Floats>(w));
-#endif
-        return reinterpret_cast<Floats>(w);
+        alignas(64) float inverses[LANES];
+        const Floats length = root(sums(squares));
+        store(to.scales + first, length / REACH);
+        store(inverses, length > 0.0f ? REACH / length : spread(0));
+        for (int i = 0; i < rows; ++i) {
+            const T* row = row_at(first + i);
+            const Floats inverse = spread(inverses[i]);
+            int16_t* out = to.integers + int64_t(first + i) * to.row;
+            auto take = [&](int k, int left) {
+                Floats even, odd;
+                two(row + k, left, even, odd);
+                store(out + int64_t(k / 32) * to.step, shorts(nearest(even, inverse), nearest(odd, inverse)));
+            };
+            for (int k = 0; k < whole; k += 32) take(k, 32);
+            if (whole < width) take(whole, width - whole);
+        }
     }
-#if defined(__AVX512BF16__)
-    Pairs pair(int key, int h) const { return Words{} + values_[key / 2 * H + h]; }
+    std::fill(to.scales + count, to.scales + count + LANES, 0.0f);
+}
 
-   private:
-    alignas(64) uint32_t values_[SPAN * H / 2];
-#else
-    Pairs pair(int key, int h) const { return {spread(values_[key * H + h]), spread(values_[(key + 1) * H + h])}; }
-
-   private:
-    alignas(64) float values_[SPAN * H];
-#endif
-};
-
-// Weighted sums of C vectors of columns of the rows, for all heads.
-template <int H, int C>
-inline void mix_columns(const bf16* const* rows, int count, int column, int left, const Weights<bf16, H>& weights, Mixed& out) {
-    Floats even[C * H] = {}, odd[C * H] = {};
-    for (int s = 0; s < count; s += 2)
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-            const bf16 *a = rows[s] + column + c * 32, *b = rows[std::min(s + 1, count - 1)] + column + c * 32;
-            Pairs evens, odds;
-            pair_rows(part(a, left - c * 32), part(b, left - c * 32), evens, odds);
+// Softmax attention of up to H heads over `count` <= SPAN rows from row `from` on. `queries` lie [width / 32, H, 32].
+template <int H>
+__attribute__((noinline)) void attend_fixed(const Fixed& queries, const Fixed& keys, int key_width, const Fixed& values, int value_width, int from, int count,
+                                            float scale, Mixed& out) {
+    constexpr int K = KEYS<H>;
+    Floats weights[SPAN / K];
+    const Floats query_scale = by_head<H>(queries.scales) * scale;
+    weigh<H>(count, [&](int i) {
+        Ints total[LANES] = {};
+        const int16_t *query = queries.integers, *key = keys.at(from + i * K);
+        for (int k = 0; k < key_width; k += 32, key += 32) {
+            Shorts part_of[K];
+#pragma GCC unroll 16
+            for (int j = 0; j < K; ++j) part_of[j] = load_as<Shorts>(key + j * keys.row);
 #pragma GCC unroll 8
-            for (int h = 0; h < H; ++h) {
-                const Pairs w = weights.pair(s, h);
-                even[c * H + h] = dot_pairs(even[c * H + h], evens, w);
-                odd[c * H + h] = dot_pairs(odd[c * H + h], odds, w);
+            for (int h = 0; h < H; ++h, query += 32) {
+                Shorts q = load_as<Shorts>(query);
+                keep(q);
+#pragma GCC unroll 16
+                for (int j = 0; j < K; ++j) total[h * K + j] = dot_shorts(total[h * K + j], q, part_of[j]);
             }
         }
-    for (int i = 0; i < C * H; ++i) {
-        float* to = out.values + i % H * out.width + column + i / H * 32;
-        store(to, __builtin_shufflevector(even[i], odd[i], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-        store(to + LANES, __builtin_shufflevector(even[i], odd[i], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
-    }
-}
-template <int H, int C>
-inline void mix_columns(const float* const* rows, int count, int column, int left, const Weights<float, H>& weights, Mixed& out) {
-    Floats total[C * H] = {};
-    for (int s = 0; s < count; ++s)
-        for (int c = 0; c < C; ++c) {
-            const Floats row = reinterpret_cast<Floats>(part(rows[s] + column + c * LANES, left - c * LANES));
-            for (int h = 0; h < H; ++h) total[c * H + h] = fma(row, weights(s, h), total[c * H + h]);
-        }
-    for (int i = 0; i < C * H; ++i) store(out.values + i % H * out.width + column + i / H * LANES, total[i]);
-}
+        return floats(sums_of(total)) * query_scale * by_key<H>(keys.scales + from + i * K);
+    }, weights, out);
 
-// Softmax attention of up to H heads over `count` <= SPAN rows; the values lie `value_at` into a row.
-template <class T, int H>
-__attribute__((noinline)) void attend_heads(const Part<T>* queries, int key_width, const T* const* rows, int count, int value_at, int value_width,
-                                            float scale, Mixed& out) {
-    constexpr int KEYS = LANES / H, STEPS = std::min(4, 8 / H);
-    Weights<T, H> weights;
-    Floats scores[SPAN / KEYS], peak = spread(-INFINITY), total{};
-    const int blocks = (count + KEYS - 1) / KEYS;
+    // Weights take up their rows' scales and become integers that neither leave 16 bits nor, summed, 32.
+    constexpr float MOST = 65000;
+    const int blocks = (count + K - 1) / K;
+    Floats sum{}, top{};
     for (int i = 0; i < blocks; ++i) {
-        const T* keys[KEYS];
-        for (int j = 0; j < KEYS; ++j) keys[j] = rows[std::min(i * KEYS + j, count - 1)];
-        scores[i] = dots<T, H>(queries, keys, key_width) * scale;
-        for (int lane = (count - i * KEYS) * H; lane < LANES; ++lane) scores[i][lane] = -INFINITY;
-        peak = larger(peak, scores[i]);
+        const Floats v = weights[i] * by_key<H>(values.scales + from + i * K);
+        weights[i] = weights[i] == 0.0f ? spread(0) : v;
+        sum += weights[i], top = larger(top, weights[i]);
     }
-    for (int half = LANES / 2; half >= H; half /= 2)
-        for (int lane = 0; lane < half; ++lane) peak[lane] = std::max(peak[lane], peak[lane + half]);
-    for (int lane = H; lane < LANES; ++lane) peak[lane] = peak[lane % H];
-    for (int i = 0; i < blocks; ++i) total += weights.put(i * KEYS, exp(scores[i] - peak));
-    for (int half = LANES / 2; half >= H; half /= 2)
-        for (int lane = 0; lane < half; ++lane) total[lane] += total[lane + half];
-    for (int h = 0; h < H; ++h) out.top[h] = peak[h], out.total[h] = total[h];
+    float sums[H], tops[H], units[H], inverses[H];
+    over_keys<H>(sum, sums, add), over_keys<H>(top, tops, most);
+    for (int h = 0; h < H; ++h) units[h] = most(sums[h] / MOST, tops[h] / REACH), inverses[h] = units[h] > 0 ? 1 / units[h] : 0;
+    const Floats inverse = by_head<H>(inverses);
+    alignas(64) int16_t integers[SPAN * H + LANES];
+    for (int i = 0; i < blocks; ++i) store_low(integers + i * LANES, nearest(weights[i], inverse));
 
-    const T* values[SPAN];
-    for (int s = 0; s < count; ++s) values[s] = rows[s] + value_at;
-    int c = 0;
-    for (; c + STEPS * STEP<T> <= value_width; c += STEPS * STEP<T>) mix_columns<H, STEPS>(values, count, c, value_width - c, weights, out);
-    for (; c < value_width; c += STEP<T>) mix_columns<H, 1>(values, count, c, value_width - c, weights, out);
+    for (int c = 0; c < value_width; c += 32) {
+        Ints low[H] = {}, high[H] = {};
+        for (int s = 0; s < count; s += 2) {
+            Shorts a = load_as<Shorts>(values.at(from + s) + c), b = load_as<Shorts>(values.at(from + s + 1) + c);
+            keep(a), keep(b);
+            const Shorts lows = zip_low(a, b), highs = zip_high(a, b);
+            const int16_t* pair = integers + s / K * LANES + s % K;
+#pragma GCC unroll 8
+            for (int h = 0; h < H; ++h) {
+                Shorts weight = spread_two(pair + h * K);
+                keep(weight);
+                low[h] = dot_shorts(low[h], lows, weight);
+                high[h] = dot_shorts(high[h], highs, weight);
+            }
+        }
+        for (int h = 0; h < H; ++h) {
+            float* to = out.values + h * out.width + c;
+            const Floats a = floats(low[h]) * units[h], b = floats(high[h]) * units[h];  // columns 0-3, 8-11, ..., and 4-7, 12-15, ...
+            store(to, __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+            store(to + LANES, __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+        }
+    }
 }
 
-// Of `heads` queries [heads, key_width]; `taken` has room for HEADS of them as the products want them.
-template <class T>
-inline void attend(const T* queries, int heads, int key_width, const T* const* rows, int count, int value_at, int value_width,
-                   float scale, Part<T>* taken, Mixed& out) {
-    auto with = [&](auto size) {
-        take_queries<T, size>(queries, heads, key_width, taken);
-        attend_heads<T, size>(taken, key_width, rows, count, value_at, value_width, scale, out);
-    };
-    if (heads > 4) with(std::integral_constant<int, 8>());
-    else if (heads > 2) with(std::integral_constant<int, 4>());
-    else if (heads > 1) with(std::integral_constant<int, 2>());
-    else with(std::integral_constant<int, 1>());
+// --- rows of floats ---------------------------------------------------------------------------------------------------------
+
+template <int H>
+__attribute__((noinline)) void attend_floats(const float* queries, int key_width, const float* const* rows, int value_at, int value_width, int count,
+                                             float scale, Mixed& out) {
+    constexpr int K = KEYS<H>;
+    Floats weights[SPAN / K];
+    weigh<H>(count, [&](int i) {
+        Floats total[LANES] = {};
+        const float* query = queries;
+        for (int k = 0; k < key_width; k += LANES) {
+            Floats part_of[K];
+#pragma GCC unroll 16
+            for (int j = 0; j < K; ++j) part_of[j] = reinterpret_cast<Floats>(part(rows[std::min(i * K + j, count - 1)] + k, key_width - k));
+#pragma GCC unroll 8
+            for (int h = 0; h < H; ++h, query += LANES) {
+                Floats q = load(query);
+                keep(q);
+#pragma GCC unroll 16
+                for (int j = 0; j < K; ++j) total[h * K + j] = fma(q, part_of[j], total[h * K + j]);
+            }
+        }
+        return sums_of(total) * scale;
+    }, weights, out);
+    const float* flat = reinterpret_cast<const float*>(weights);
+    for (int c = 0; c < value_width; c += LANES) {
+        Floats total[H] = {};
+        for (int s = 0; s < count; ++s) {
+            const Floats row = reinterpret_cast<Floats>(part(rows[s] + value_at + c, value_width - c));
+            for (int h = 0; h < H; ++h) total[h] = fma(row, spread(flat[s / K * LANES + h * K + s % K]), total[h]);
+        }
+        for (int h = 0; h < H; ++h) store(out.values + h * out.width + c, total[h]);
+    }
+}
+
+// --- a span, and the queries of a block of heads ----------------------------------------------------------------------------
+
+struct alignas(64) Line {
+    uint8_t bytes[64];
+};
+
+struct Widths {
+    int key, value, value_at;  // values a key has, values that are mixed, and where they begin in a row
+
+    bool within() const { return value_at + value <= key; }  // MLA: a key begins with its values
+    int padded_key() const { return round_up(key, 32); }
+};
+
+// Rows of floats, where they lie.
+class FloatSpan {
+   public:
+    void reserve(const Widths& widths) { widths_ = widths; }
+    void take(const float* const* rows, int count) { std::copy(rows, rows + count, rows_); }
+
+    static int query_lines(const Widths& widths) { return HEADS * widths.padded_key() / LANES; }
+    template <int H>
+    void take_queries(const float* queries, int heads, Line* lines, float*) const {
+        float* to = reinterpret_cast<float*>(lines);
+        for (int k = 0; k < widths_.key; k += LANES)
+            for (int h = 0; h < H; ++h, to += LANES) store(to, h < heads ? reinterpret_cast<Floats>(part(queries + h * widths_.key + k, widths_.key - k)) : Floats{});
+    }
+    template <int H>
+    void attend(Line* queries, float*, int from, int count, float scale, Mixed& out) const {
+        attend_floats<H>(reinterpret_cast<const float*>(queries), widths_.key, rows_ + from, widths_.value_at, widths_.value, count, scale, out);
+    }
+
+   private:
+    Widths widths_;
+    const float* rows_[SPAN];
+};
+
+// Rows of bf16, as integers.
+class FixedSpan {
+   public:
+    void reserve(const Widths& widths) {
+        widths_ = widths;
+        const int key_row = widths.padded_key(), value_row = round_up(widths.value, 32), own = widths.within() ? 0 : 1;
+        memory_.resize((SPAN + LANES) * (key_row + own * value_row) / 32);
+        scales_.resize((SPAN + LANES) * (1 + own));
+        int16_t* at = reinterpret_cast<int16_t*>(memory_.data());
+        keys_ = {at, scales_.data(), key_row, 32};
+        values_ = own ? Fixed{at + (SPAN + LANES) * key_row, scales_.data() + SPAN + LANES, value_row, 32} : Fixed{at + widths.value_at, keys_.scales, key_row, 32};
+    }
+    void take(const bf16* const* rows, int count) {
+        take_rows<bf16>([&](int i) { return rows[i]; }, count, widths_.key, keys_);
+        if (!widths_.within()) take_rows<bf16>([&](int i) { return rows[i] + widths_.value_at; }, count, widths_.value, values_);
+    }
+
+    static int query_lines(const Widths& widths) { return HEADS * widths.padded_key() / 32; }
+    template <int H>
+    void take_queries(const float* queries, int heads, Line* lines, float* scales) const {
+        const Fixed to{reinterpret_cast<int16_t*>(lines), scales, 32, H * 32};
+        if (heads < H) std::fill(lines, lines + H * widths_.padded_key() / 32, Line{});
+        take_rows<float>([&](int h) { return queries + h * widths_.key; }, heads, widths_.key, to);
+    }
+    template <int H>
+    void attend(Line* queries, float* scales, int from, int count, float scale, Mixed& out) const {
+        attend_fixed<H>({reinterpret_cast<int16_t*>(queries), scales, 32, H * 32}, keys_, widths_.key, values_, widths_.value, from, count, scale, out);
+    }
+
+   private:
+    Widths widths_;
+    std::vector<Line> memory_;
+    std::vector<float> scales_;
+    Fixed keys_, values_;
+};
+
+// Calls f with the least number of heads, as a constant, that holds `heads`.
+template <class F>
+inline void with_heads(int heads, F f) {
+    if (heads > 4) f(std::integral_constant<int, 8>());
+    else if (heads > 2) f(std::integral_constant<int, 4>());
+    else if (heads > 1) f(std::integral_constant<int, 2>());
+    else f(std::integral_constant<int, 1>());
 }
 
 }  // namespace glasklar

@@ -19,6 +19,7 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int16_t Shorts __attribute__((vector_size(64)));
 
 struct bf16 {
     uint16_t bits;
@@ -163,11 +164,6 @@ inline Pairs spread_pair(const Narrow* p) {
     return Words{} + pair;
 }
 inline void store_narrow(Narrow* p, Floats v) { store(p, v); }
-// Two rows of 32 values, made pairs of a column: the even columns, then the odd ones.
-inline void pair_rows(Words a, Words b, Pairs& even, Pairs& odd) {
-    even = (a & 0xffffu) | b << 16;
-    odd = a >> 16 | (b & 0xffff0000u);
-}
 #else
 struct Pairs {
     Floats first, second;
@@ -176,24 +172,18 @@ typedef float Narrow;
 inline Pairs pairs(Words w) { return {reinterpret_cast<Floats>(w << 16), reinterpret_cast<Floats>(w & 0xffff0000u)}; }
 inline Pairs spread_pair(const Narrow* p) { return {spread(p[0]), spread(p[1])}; }
 inline void store_narrow(Narrow* p, Floats v) { store(p, reinterpret_cast<Floats>(rounded(v))); }
-inline void pair_rows(Words a, Words b, Pairs& even, Pairs& odd) {
-    even = {reinterpret_cast<Floats>(a << 16), reinterpret_cast<Floats>(b << 16)};
-    odd = {reinterpret_cast<Floats>(a & 0xffff0000u), reinterpret_cast<Floats>(b & 0xffff0000u)};
-}
 #endif
 
 // Compilers make operands in memory of what is loaded once and used twice; two loads of whole vectors a cycle are more than the
 // processor has. This one stays in a register.
-inline void keep(Floats& v) {
+template <class V>
+inline void keep(V& v) {
 #if defined(__AVX512F__)
     asm("" : "+v"(v));
+#else
+    (void)v;
 #endif
 }
-#if defined(__AVX512BF16__)
-inline void keep(Pairs& v) { asm("" : "+v"(v)); }
-#else
-inline void keep(Pairs& v) { keep(v.first), keep(v.second); }
-#endif
 
 // a . b of pairs added to c: the second products first, each fused, as the instruction does it.
 inline Floats dot_pairs(Floats c, const Pairs& a, const Pairs& b) {
@@ -202,6 +192,61 @@ inline Floats dot_pairs(Floats c, const Pairs& a, const Pairs& b) {
 #else
     return fma(a.first, b.first, fma(a.second, b.second, c));
 #endif
+}
+
+// c plus the products of pairs of 16-bit integers, in any order.
+inline Ints dot_shorts(Ints c, Shorts a, Shorts b) {
+#if defined(__AVX512VNNI__)
+    return reinterpret_cast<Ints>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(c), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+    union { Shorts all; __m256i half[2]; } x{a}, y{b};
+    union { Ints all; __m256i half[2]; } sum{c};
+    for (int i = 0; i < 2; ++i) sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(x.half[i], y.half[i]));
+    return sum.all;
+#elif defined(__SSE2__)
+    union { Shorts all; __m128i quarter[4]; } x{a}, y{b};
+    union { Ints all; __m128i quarter[4]; } sum{c};
+    for (int i = 0; i < 4; ++i) sum.quarter[i] = _mm_add_epi32(sum.quarter[i], _mm_madd_epi16(x.quarter[i], y.quarter[i]));
+    return sum.all;
+#else
+    const Ints x = reinterpret_cast<Ints>(a), y = reinterpret_cast<Ints>(b);
+    return c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+// The nearest whole numbers, as the lower halves of the words, if they fit there; ties to even.
+inline Words nearest(Floats v, Floats scale) { return reinterpret_cast<Words>(fma(v, scale, spread(12582912.0f))); }
+// Pairs of an even and an odd one.
+inline Shorts shorts(Words even, Words odd) {
+#if defined(__AVX512BW__)
+    // Bytes 0 and 1 of each word go to bytes 2 and 3, where the mask lets them: one instruction.
+    const __m512i up = _mm512_set4_epi32(0x0d0c0000, 0x09080000, 0x05040000, 0x01000000);
+    return reinterpret_cast<Shorts>(
+        _mm512_mask_shuffle_epi8(reinterpret_cast<__m512i>(even), 0xcccccccccccccccc, reinterpret_cast<__m512i>(odd), up));
+#else
+    return reinterpret_cast<Shorts>((even & 0xffffu) | odd << 16);
+#endif
+}
+inline void store(int16_t* p, Shorts v) { std::memcpy(p, &v, sizeof v); }
+inline void store_low(int16_t* p, Words w) {
+    const Halves h = __builtin_convertvector(w & 0xffffu, Halves);
+    std::memcpy(p, &h, sizeof h);
+}
+inline Shorts spread_two(const int16_t* p) {
+    int32_t w;
+    std::memcpy(&w, p, 4);
+    return reinterpret_cast<Shorts>(Ints{w, w, w, w, w, w, w, w, w, w, w, w, w, w, w, w});
+}
+// Of each eight values of a and of b the first four, or the last four, in turns.
+inline Shorts zip_low(Shorts a, Shorts b) {
+    return __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11, 43, 16, 48, 17, 49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59);
+}
+inline Shorts zip_high(Shorts a, Shorts b) {
+    return __builtin_shufflevector(a, b, 4, 36, 5, 37, 6, 38, 7, 39, 12, 44, 13, 45, 14, 46, 15, 47, 20, 52, 21, 53, 22, 54, 23, 55, 28, 60, 29, 61, 30, 62, 31, 63);
+}
+inline Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
+inline Floats root(Floats v) {
+    for (int i = 0; i < LANES; ++i) v[i] = std::sqrt(v[i]);
+    return v;
 }
 
 // While it lives, numbers below the normal ones count as zero, as the instruction for pairs always has it.

@@ -83,7 +83,7 @@ class Pass(Struct):
     ]  # fmt: skip
 
 
-VERSION = 2  # of network.cpp
+VERSION = 3  # of network.cpp
 SIZES = [ctypes.sizeof(struct) for struct in (Matrix, Embedding, Shape, Layer, Draft, Pass)]
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {

@@ -49,7 +49,7 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
     q_.resize(T * round_up(H * (shape.nope + shape.rope), GROUP));
     q_latent_.resize(T * round_up(std::max(shape.q_latent, 1), GROUP));
     kv_.resize(T * round_up(cache_width(), GROUP));
-    (shape.float_cache ? void(wide_query_.resize(T * H * key_width())) : void(narrow_query_.resize(T * H * key_width())));
+    query_.resize(T * H * key_width());
     mixed_.resize(T * H * round_up(mixed_width(), GROUP));
     joined_.resize(T * round_up(H * shape.value, GROUP));
     router_.resize(T * round_up(std::max(shape.experts, 1), TILE));
@@ -67,8 +67,9 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
     for (Scratch& s : scratch_) {
         s.products.resize(64 * STREAMS * TILE);
         s.row.resize(round_up(std::max(padded_, mixed_width()), GROUP));
-        s.values.resize((TOKENS + 1) * HEADS * round_up(mixed_width(), GROUP));
-        s.queries.resize(HEADS * round_up(key_width(), GROUP) / LANES);
+        s.values.resize((SLOTS + 1) * HEADS * round_up(mixed_width(), GROUP));
+        shape.float_cache ? s.floats.reserve(widths()) : s.fixed.reserve(widths());
+        s.queries.resize(SLOTS * (shape.float_cache ? FloatSpan::query_lines(widths()) : FixedSpan::query_lines(widths())));
     }
 }
 
@@ -82,7 +83,10 @@ void Network::run(const Pass& pass) {
     // Tokens that follow each other share the rows that a task has in its near cache.
     const int together = spans_ ? 1 : std::min(TOKENS, std::max(1, pass.tokens * blocks / 16));
     // Blocks of heads that share their keys are one task where that leaves enough of them: the keys are read once.
-    blocks_ = latent() && spans_ * pass.tokens >= 8 * pool_.threads() ? blocks : 1;
+    const int shared = latent() ? blocks : blocks / shape_.kv_heads;
+    blocks_ = 1;
+    for (int each = 2; each * together <= SLOTS; ++each)
+        if (shared % each == 0 && pass.tokens / together * (blocks / each) * std::max(1, spans_) >= 8 * pool_.threads()) blocks_ = each;
     queries_.clear();
     for (int t = 0; t < pass.tokens; ++t) {
         const bool next = t && pass.sequences[t] == pass.sequences[t - 1] && pass.positions[t] == pass.positions[t - 1] + 1;
@@ -192,7 +196,7 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
             std::memcpy(&buffer[i * row_size + column], &v, 4 * std::min(TILE, limit - column));
         };
     };
-    T* query = reinterpret_cast<T*>(s.float_cache ? static_cast<void*>(wide_query_.data()) : static_cast<void*>(narrow_query_.data()));
+    float* query = query_.data();
 
     me.parallel(tokens, [&](int t) {
         norm(&x_[int64_t(t) * padded_], s.width, layer.attention_norm, s.eps, &normed_[int64_t(t) * padded_]);
@@ -216,14 +220,14 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
     me.parallel(tokens, [&](int t) {
         for (int h = 0; h < H; ++h) {
             float* q = &q_[t * q_row + h * K];
-            T* to = query + (int64_t(t) * H + h) * KEY;
+            float* to = query + (int64_t(t) * H + h) * KEY;
             if (layer.q_norm) norm(q, K, layer.q_norm, s.eps, q);
             rotate(q + s.nope, pass_.positions[t]);
             if (!latent()) {
-                for (int i = 0; i < K; ++i) put(to + i, q[i]);
+                std::copy(q, q + K, to);
                 continue;
             }
-            for (int i = 0; i < s.rope; ++i) put(to + s.latent + i, q[s.nope + i]);
+            std::copy(q + s.nope, q + K, to + s.latent);
             float padded[1024] = {};
             std::memcpy(padded, q, 4 * s.nope);
             prepare(padded, nope_in_.rows, int64_t(t) * H + h);
@@ -235,7 +239,7 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
             const int64_t* list = &by_head_[int64_t(h) * s.max_tokens];
             tiles(layer.k_up, h, first, std::min(first + run_length(layer.k_up), layer.k_up.tiles()), nope_in_.rows, list, pass_.tokens,
                   [&](int t, int column, Floats v) {
-                      for (int j = 0; j < TILE && column + j < s.latent; ++j) put(query + (int64_t(t) * H + h) * KEY + column + j, v[j]);
+                      std::memcpy(query + (int64_t(t) * H + h) * KEY + column, &v, 4 * std::min(TILE, s.latent - column));
                   });
         });
     me.parallel([&] { return int(queries_.size()) * s.attention_tasks() / blocks_ * std::max(1, spans_); }, [&](int i) { attend_task<T>(me, layer, index, i); });
@@ -297,53 +301,66 @@ void Network::cache_rows(int layer, int token, int from, int to, int offset, con
     }
 }
 
-// A few tokens of one sequence, a block of heads or several, and one span or all of them.
+// A few tokens of one sequence, a block of heads or several that share their keys, and one span or all of them.
 template <class T>
 void Network::attend_task(Worker& me, const Layer& layer, int index, int task) {
     const Shape& s = shape_;
     const int blocks = s.attention_tasks(), first_block = task % (blocks / blocks_) * blocks_, rest = task / (blocks / blocks_);
-    const int span = spans_ ? rest % spans_ : 0;
     const Query& some = queries_[rest / std::max(1, spans_)];
-    const int KEY = key_width(), value_at = latent() ? 0 : KEY, width = round_up(mixed_width(), GROUP);
-    const T* query = reinterpret_cast<const T*>(s.float_cache ? static_cast<const void*>(wide_query_.data()) : static_cast<const void*>(narrow_query_.data()));
+    const int KEY = key_width(), width = round_up(mixed_width(), GROUP), last = some.first + some.count - 1;
+    const int offset = latent() ? 0 : heads_of(first_block).group * (KEY + s.value);
     Scratch& scratch = scratch_[me.thread()];
+    auto& span = scratch.span(static_cast<const T*>(nullptr));
     auto begin = [&](int t) { return layer.window ? std::max(0, pass_.positions[t] + 1 - layer.window) : 0; };
     auto end = [&](int t) { return pass_.positions[t] + 1; };
-    const T* rows[SPAN];
-    // The span that begins at `first`, for token t of those whose rows begin at `at`; whether it has any keys.
-    auto one = [&](int t, const HeadRange& heads, int first, int at, Mixed& out) {
-        const int from = std::max(first, begin(t)), to = std::min(first + SPAN, end(t));
-        if (from >= to) return false;
-        attend(query + (int64_t(t) * s.heads + heads.first) * KEY, heads.count, KEY, rows + from - at, to - from, value_at, mixed_width(), s.softmax_scale,
-               reinterpret_cast<Part<T>*>(scratch.queries.data()), out);
-        return true;
-    };
-    const int last = some.first + some.count - 1, offset = latent() ? 0 : heads_of(first_block).group * (KEY + s.value);
-    auto take_rows = [&](int first) {
-        const int from = std::max(first, begin(some.first)), to = std::min(first + SPAN, end(last));
-        cache_rows<T>(index, last, from, to, offset, rows);
-        return from;
+    // A block of heads of one token.
+    struct Slot {
+        int token;
+        HeadRange heads;
+        Line* queries;
+        float scales[HEADS + LANES];
+        Mixed all;
+    } slots[SLOTS];
+    const int count = some.count * blocks_;
+    for (int i = 0; i < count; ++i) {
+        Slot& slot = slots[i];
+        slot.token = some.first + i / blocks_, slot.heads = heads_of(first_block + i % blocks_);
+        slot.queries = &scratch.queries[i * int64_t(scratch.queries.size() / SLOTS)];
+        with_heads(slot.heads.count, [&](auto size) {
+            span.template take_queries<size>(&query_[(int64_t(slot.token) * s.heads + slot.heads.first) * KEY], slot.heads.count, slot.queries, slot.scales);
+        });
+    }
+    // All slots' queries over the span that begins at `first`; emit(slot) for those that have keys in it.
+    auto over = [&](int first, auto out_of, auto emit) {
+        const T* rows[SPAN];
+        const int at = std::max(first, begin(some.first));
+        cache_rows<T>(index, last, at, std::min(first + SPAN, end(last)), offset, rows);
+        span.take(rows, std::min(first + SPAN, end(last)) - at);
+        for (int i = 0; i < count; ++i) {
+            Slot& slot = slots[i];
+            const int from = std::max(first, begin(slot.token)), to = std::min(first + SPAN, end(slot.token));
+            if (from >= to) continue;
+            Mixed& out = out_of(i);
+            with_heads(slot.heads.count, [&](auto size) { span.template attend<size>(slot.queries, slot.scales, from - at, to - from, s.softmax_scale, out); });
+            emit(slot, out);
+        }
     };
     if (spans_) {
-        const int at = take_rows(span * SPAN);
-        for (int block = first_block; block < first_block + blocks_; ++block) {
-            Mixed& out = span_[int64_t(rest) * blocks + block];
-            if (!one(last, heads_of(block), span * SPAN, at, out)) out.clear();
-        }
+        auto out_of = [&](int i) -> Mixed& { return span_[int64_t(rest) * blocks + first_block + i]; };
+        const int first = rest % spans_ * SPAN;
+        if (first < end(last) && first + SPAN > begin(last)) over(first, out_of, [](const Slot&, const Mixed&) {});
+        else
+            for (int i = 0; i < count; ++i) out_of(i).clear();
         return;
     }
-    const HeadRange heads = heads_of(first_block);
-    Mixed all[TOKENS], next{{}, {}, scratch.values.data() + TOKENS * HEADS * width, width};
-    for (int i = 0; i < some.count; ++i) {
-        all[i].values = scratch.values.data() + i * HEADS * width, all[i].width = width;
-        begin_mix(layer, heads, all[i]);
+    Mixed next{{}, {}, scratch.values.data() + SLOTS * HEADS * width, width};
+    for (int i = 0; i < count; ++i) {
+        slots[i].all.values = scratch.values.data() + i * HEADS * width, slots[i].all.width = width;
+        begin_mix(layer, slots[i].heads, slots[i].all);
     }
-    for (int first = begin(some.first) / SPAN * SPAN; first < end(last); first += SPAN) {
-        const int at = take_rows(first);
-        for (int i = 0; i < some.count; ++i)
-            if (one(some.first + i, heads, first, at, next)) all[i].join(next, heads.count);
-    }
-    for (int i = 0; i < some.count; ++i) finish_mix(all[i], some.first + i, heads);
+    for (int first = begin(some.first) / SPAN * SPAN; first < end(last); first += SPAN)
+        over(first, [&](int) -> Mixed& { return next; }, [](Slot& slot, const Mixed& found) { slot.all.join(found, slot.heads.count); });
+    for (int i = 0; i < count; ++i) finish_mix(slots[i].all, slots[i].token, slots[i].heads);
 }
 
 Network::HeadRange Network::heads_of(int block) const {
@@ -558,8 +575,8 @@ EXPORT int glasklar_tier() {
     return 0;
 }
 
-// What the caller's declarations must agree with: VERSION, to be raised when the same bytes come to mean something else; which
-// CPU this build is for, as in glasklar_tier; sizes of the structs.
+// What the caller's declarations must agree with: VERSION, to be raised when the same bytes come to mean something else or make
+// other numbers; which CPU this build is for, as in glasklar_tier; sizes of the structs.
 #if defined(__AVX512BF16__)
 #define BUILT_FOR 3
 #elif defined(__AVX512F__)
@@ -569,7 +586,7 @@ EXPORT int glasklar_tier() {
 #else
 #define BUILT_FOR 0
 #endif
-constexpr int32_t VERSION = 2;
+constexpr int32_t VERSION = 3;
 EXPORT void glasklar_layout(int32_t* layout) {
     const int32_t found[] = {VERSION, BUILT_FOR, sizeof(Matrix), sizeof(Embedding), sizeof(Shape), sizeof(Layer), sizeof(Draft), sizeof(Pass)};
     std::memcpy(layout, found, sizeof found);

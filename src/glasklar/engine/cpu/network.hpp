@@ -103,16 +103,18 @@ class Network {
     int padded_vocabulary() const { return head_.tiles() * TILE; }
 
    private:
-    struct alignas(64) Line {
-        uint8_t bytes[64];
-    };
     struct Scratch {
         Buffer<float> products, row, values;
-        Buffer<Line> queries;  // a block of heads as the products want them: two floats a value at most
+        Buffer<Line> queries;  // of SLOTS blocks of heads
+        FloatSpan floats;
+        FixedSpan fixed;
+        FloatSpan& span(const float*) { return floats; }
+        FixedSpan& span(const bf16*) { return fixed; }
     };
     bool latent() const { return shape_.latent > 0; }
     int key_width() const { return latent() ? shape_.latent + shape_.rope : shape_.nope + shape_.rope; }
     int mixed_width() const { return latent() ? shape_.latent : shape_.value; }
+    Widths widths() const { return {key_width(), mixed_width(), latent() ? 0 : key_width()}; }
     int cache_width() const { return latent() ? key_width() : shape_.kv_heads * (key_width() + shape_.value); }
 
     template <class T> void body(Worker& me, bool drafting);
@@ -183,14 +185,14 @@ class Network {
 
     int padded_ = 0;  // width, in whole groups
     Buffer<float> x_, normed_, both_, q_, q_latent_, kv_, mixed_, joined_, router_;
-    Buffer<bf16> narrow_query_;
-    Buffer<float> wide_query_, span_values_;
+    Buffer<float> query_, span_values_;
     Buffer<Mixed> span_;
     // Tokens first .. first + count - 1 of the pass follow each other in one sequence.
     struct Query {
         int32_t first, count;
     };
-    static constexpr int TOKENS = 8;
+    // Blocks of heads, of all its tokens, that a task takes at most.
+    static constexpr int TOKENS = 8, SLOTS = 16;
     Buffer<Query> queries_;
     Prepared join_in_, in_, q_in_, nope_in_, mixed_in_, out_in_, feed_in_, hidden_in_, expert_in_, head_in_;
     Buffer<int64_t> every_, by_head_, expert_rows_, expert_tokens_, expert_slots_;
