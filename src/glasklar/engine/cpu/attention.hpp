@@ -112,27 +112,25 @@ struct Mixed {
     }
 };
 
-// Weights of a span's keys, [blocks of KEYS, H, KEYS]: exp(score - the head's largest). score(i) gives block i.
-template <int H, class Score>
-inline void weigh(int count, Score score, Floats* weights, Mixed& out) {
-    const int blocks = (count + KEYS<H> - 1) / KEYS<H>;
+// A span's scores, [blocks of KEYS, H, KEYS], of which keys [from, to) count, become weights: exp(score - the head's largest).
+template <int H>
+inline void weigh(Floats* scores, int from, int to, Mixed& out) {
+    constexpr int K = KEYS<H>;
+    const int first = from / K, last = (to - 1) / K;
+    for (int i : {first, last})
+        for (int lane = 0; lane < LANES; ++lane)
+            if (const int key = i * K + lane % K; key < from || key >= to) scores[i][lane] = -INFINITY;
     Floats peak = spread(-INFINITY), total{};
-    for (int i = 0; i < blocks; ++i) {
-        weights[i] = score(i);
-        if (const int left = count - i * KEYS<H>; left < KEYS<H>)
-            for (int lane = 0; lane < LANES; ++lane)
-                if (lane % KEYS<H> >= left) weights[i][lane] = -INFINITY;
-        peak = larger(peak, weights[i]);
-    }
+    for (int i = first; i <= last; ++i) peak = larger(peak, scores[i]);
     over_keys<H>(peak, out.top, most);
     peak = by_head<H>(out.top);
-    for (int i = 0; i < blocks; ++i) total += weights[i] = exp(weights[i] - peak);
+    for (int i = first; i <= last; ++i) total += scores[i] = exp(scores[i] - peak);
     over_keys<H>(total, out.total, add);
 }
 
 // --- rows of 16-bit integers ------------------------------------------------------------------------------------------------
 
-// Rows, or queries: value = integer * scale. There is room for LANES rows more than are taken, whose scales are 0.
+// Rows, or queries: value = integer * scale.
 struct Fixed {
     int16_t* integers;
     float* scales;
@@ -153,55 +151,60 @@ inline void two(const float* p, int left, Floats& even, Floats& odd) {
     odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-// Takes `count` rows of `width` values each. What is not finite ends up in the scale.
-template <class T, class RowAt>
-inline void take_rows(RowAt row_at, int count, int width, const Fixed& to) {
+// Takes rows [from, to) of LANES ones, the others have the scale 0. What is not finite ends up in the scale.
+template <class T>
+inline void take_rows(const T* const* rows, int from, int to, int width, const Fixed& out) {
     const int whole = width / 32 * 32;
-    for (int first = 0; first < count; first += LANES) {
-        const int rows = std::min(LANES, count - first);
-        Floats squares[LANES] = {};
-        for (int i = 0; i < rows; ++i) {
-            const T *row = row_at(first + i), *later = row_at(std::min(first + i + LANES, count - 1));
-            Floats evens{}, odds{}, even, odd;
-            auto take = [&](int k, int left) {
-                two(row + k, left, even, odd);
-                evens = fma(even, even, evens), odds = fma(odd, odd, odds);
-            };
-            for (int k = 0; k < whole; k += 32) __builtin_prefetch(later + k), take(k, 32);
-            if (whole < width) take(whole, width - whole);
-            squares[i] = evens + odds;
-        }
-        alignas(64) float inverses[LANES];
-        const Floats length = root(sums(squares));
-        store(to.scales + first, length / REACH);
-        store(inverses, length > 0.0f ? REACH / length : spread(0));
-        for (int i = 0; i < rows; ++i) {
-            const T* row = row_at(first + i);
-            const Floats inverse = spread(inverses[i]);
-            int16_t* out = to.integers + int64_t(first + i) * to.row;
-            auto take = [&](int k, int left) {
-                Floats even, odd;
-                two(row + k, left, even, odd);
-                store(out + int64_t(k / 32) * to.step, shorts(nearest(even, inverse), nearest(odd, inverse)));
-            };
-            for (int k = 0; k < whole; k += 32) take(k, 32);
-            if (whole < width) take(whole, width - whole);
-        }
+    Floats squares[LANES] = {}, even, odd;
+    for (int i = from; i < to; ++i) {
+        Floats evens{}, odds{};
+        auto take = [&](int k, int left) {
+            two(rows[i] + k, left, even, odd);
+            evens = fma(even, even, evens), odds = fma(odd, odd, odds);
+        };
+        for (int k = 0; k < whole; k += 32) take(k, 32);
+        if (whole < width) take(whole, width - whole);
+        squares[i] = evens + odds;
     }
-    std::fill(to.scales + count, to.scales + count + LANES, 0.0f);
+    alignas(64) float inverses[LANES];
+    const Floats length = root(sums(squares));
+    store(out.scales, length / REACH);
+    store(inverses, length > 0.0f ? REACH / length : spread(0));
+    for (int i = from; i < to; ++i) {
+        const Floats inverse = spread(inverses[i]);
+        int16_t* at = out.integers + int64_t(i) * out.row;
+        auto take = [&](int k, int left) {
+            two(rows[i] + k, left, even, odd);
+            store(at, shorts(nearest(even, inverse), nearest(odd, inverse)));
+            at += out.step;
+        };
+        for (int k = 0; k < whole; k += 32) take(k, 32);
+        if (whole < width) take(whole, width - whole);
+    }
 }
 
-// Softmax attention of up to H heads over `count` <= SPAN rows from row `from` on. `queries` lie [width / 32, H, 32].
+// Rows that will be read next: the memory is asked for a line at a time, while there is something to compute.
+struct Ahead {
+    const uint8_t* const* row;
+    int rows, at, bytes;
+
+    void ask() {
+        if (rows <= 0) return;
+        __builtin_prefetch(*row + at);
+        if ((at += 64) >= bytes) ++row, --rows, at = 0;
+    }
+};
+
+// Scores of the blocks that hold keys [from, to). `queries` lie [width / 32, H, 32].
 template <int H>
-__attribute__((noinline)) void attend_fixed(const Fixed& queries, const Fixed& keys, int key_width, const Fixed& values, int value_width, int from, int count,
-                                            float scale, Mixed& out) {
+__attribute__((noinline)) void score_fixed(const Fixed& queries, const Fixed& keys, int key_width, int from, int to, float scale, Floats* scores, Ahead& ahead) {
     constexpr int K = KEYS<H>;
-    Floats weights[SPAN / K];
     const Floats query_scale = by_head<H>(queries.scales) * scale;
-    weigh<H>(count, [&](int i) {
+    for (int i = from / K; i * K < to; ++i) {
         Ints total[LANES] = {};
-        const int16_t *query = queries.integers, *key = keys.at(from + i * K);
+        const int16_t *query = queries.integers, *key = keys.at(i * K);
         for (int k = 0; k < key_width; k += 32, key += 32) {
+            ahead.ask();
             Shorts part_of[K];
 #pragma GCC unroll 16
             for (int j = 0; j < K; ++j) part_of[j] = load_as<Shorts>(key + j * keys.row);
@@ -213,32 +216,36 @@ __attribute__((noinline)) void attend_fixed(const Fixed& queries, const Fixed& k
                 for (int j = 0; j < K; ++j) total[h * K + j] = dot_shorts(total[h * K + j], q, part_of[j]);
             }
         }
-        return floats(sums_of(total)) * query_scale * by_key<H>(keys.scales + from + i * K);
-    }, weights, out);
+        scores[i] = floats(sums_of(total)) * query_scale * by_key<H>(keys.scales + i * K);
+    }
+}
 
-    // Weights take up their rows' scales and become integers that neither leave 16 bits nor, summed, 32.
+// Softmax and the weighted sums of the values; scores are used up.
+template <int H>
+__attribute__((noinline)) void mix_fixed(Floats* scores, const Fixed& values, int value_width, int from, int to, Mixed& out) {
+    constexpr int K = KEYS<H>;
     constexpr float MOST = 65000;
-    const int blocks = (count + K - 1) / K;
+    weigh<H>(scores, from, to, out);
+    // Weights take up their rows' scales and become integers that neither leave 16 bits nor, summed, 32.
     Floats sum{}, top{};
-    for (int i = 0; i < blocks; ++i) {
-        const Floats v = weights[i] * by_key<H>(values.scales + from + i * K);
-        weights[i] = weights[i] == 0.0f ? spread(0) : v;
-        sum += weights[i], top = larger(top, weights[i]);
+    for (int i = from / K; i * K < to; ++i) {
+        scores[i] = scores[i] == 0.0f ? spread(0) : scores[i] * by_key<H>(values.scales + i * K);
+        sum += scores[i], top = larger(top, scores[i]);
     }
     float sums[H], tops[H], units[H], inverses[H];
     over_keys<H>(sum, sums, add), over_keys<H>(top, tops, most);
     for (int h = 0; h < H; ++h) units[h] = most(sums[h] / MOST, tops[h] / REACH), inverses[h] = units[h] > 0 ? 1 / units[h] : 0;
     const Floats inverse = by_head<H>(inverses);
-    alignas(64) int16_t integers[SPAN * H + LANES];
-    for (int i = 0; i < blocks; ++i) store_low(integers + i * LANES, nearest(weights[i], inverse));
+    alignas(64) int16_t weights[SPAN * H];
+    for (int i = from / K; i * K < to; ++i) store_low(weights + i * LANES, nearest(scores[i], inverse));
 
     for (int c = 0; c < value_width; c += 32) {
         Ints low[H] = {}, high[H] = {};
-        for (int s = 0; s < count; s += 2) {
-            Shorts a = load_as<Shorts>(values.at(from + s) + c), b = load_as<Shorts>(values.at(from + s + 1) + c);
+        for (int s = from / 2 * 2; s < to; s += 2) {
+            Shorts a = load_as<Shorts>(values.at(s) + c), b = load_as<Shorts>(values.at(s + 1) + c);
             keep(a), keep(b);
             const Shorts lows = zip_low(a, b), highs = zip_high(a, b);
-            const int16_t* pair = integers + s / K * LANES + s % K;
+            const int16_t* pair = weights + s / K * LANES + s % K;
 #pragma GCC unroll 8
             for (int h = 0; h < H; ++h) {
                 Shorts weight = spread_two(pair + h * K);
@@ -248,10 +255,10 @@ __attribute__((noinline)) void attend_fixed(const Fixed& queries, const Fixed& k
             }
         }
         for (int h = 0; h < H; ++h) {
-            float* to = out.values + h * out.width + c;
+            float* at = out.values + h * out.width + c;
             const Floats a = floats(low[h]) * units[h], b = floats(high[h]) * units[h];  // columns 0-3, 8-11, ..., and 4-7, 12-15, ...
-            store(to, __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-            store(to + LANES, __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+            store(at, __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+            store(at + LANES, __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
         }
     }
 }
@@ -259,17 +266,15 @@ __attribute__((noinline)) void attend_fixed(const Fixed& queries, const Fixed& k
 // --- rows of floats ---------------------------------------------------------------------------------------------------------
 
 template <int H>
-__attribute__((noinline)) void attend_floats(const float* queries, int key_width, const float* const* rows, int value_at, int value_width, int count,
-                                             float scale, Mixed& out) {
+__attribute__((noinline)) void score_floats(const float* queries, const float* const* rows, int key_width, int from, int to, float scale, Floats* scores) {
     constexpr int K = KEYS<H>;
-    Floats weights[SPAN / K];
-    weigh<H>(count, [&](int i) {
+    for (int i = from / K; i * K < to; ++i) {
         Floats total[LANES] = {};
         const float* query = queries;
         for (int k = 0; k < key_width; k += LANES) {
             Floats part_of[K];
 #pragma GCC unroll 16
-            for (int j = 0; j < K; ++j) part_of[j] = reinterpret_cast<Floats>(part(rows[std::min(i * K + j, count - 1)] + k, key_width - k));
+            for (int j = 0; j < K; ++j) part_of[j] = reinterpret_cast<Floats>(part(rows[std::clamp(i * K + j, from, to - 1)] + k, key_width - k));
 #pragma GCC unroll 8
             for (int h = 0; h < H; ++h, query += LANES) {
                 Floats q = load(query);
@@ -278,14 +283,20 @@ __attribute__((noinline)) void attend_floats(const float* queries, int key_width
                 for (int j = 0; j < K; ++j) total[h * K + j] = fma(q, part_of[j], total[h * K + j]);
             }
         }
-        return sums_of(total) * scale;
-    }, weights, out);
-    const float* flat = reinterpret_cast<const float*>(weights);
+        scores[i] = sums_of(total) * scale;
+    }
+}
+
+template <int H>
+__attribute__((noinline)) void mix_floats(Floats* scores, const float* const* rows, int value_at, int value_width, int from, int to, Mixed& out) {
+    constexpr int K = KEYS<H>;
+    weigh<H>(scores, from, to, out);
+    const float* weights = reinterpret_cast<const float*>(scores);
     for (int c = 0; c < value_width; c += LANES) {
         Floats total[H] = {};
-        for (int s = 0; s < count; ++s) {
+        for (int s = from; s < to; ++s) {
             const Floats row = reinterpret_cast<Floats>(part(rows[s] + value_at + c, value_width - c));
-            for (int h = 0; h < H; ++h) total[h] = fma(row, spread(flat[s / K * LANES + h * K + s % K]), total[h]);
+            for (int h = 0; h < H; ++h) total[h] = fma(row, spread(weights[s / K * LANES + h * K + s % K]), total[h]);
         }
         for (int h = 0; h < H; ++h) store(out.values + h * out.width + c, total[h]);
     }
@@ -308,7 +319,8 @@ struct Widths {
 class FloatSpan {
    public:
     void reserve(const Widths& widths) { widths_ = widths; }
-    void take(const float* const* rows, int count) { std::copy(rows, rows + count, rows_); }
+    // Rows [from, to) of a span, of the same LANES ones; `rows` are those of the whole span.
+    void take(const float* const* rows, int from, int to, int) { std::copy(rows + from, rows + to, rows_ + from); }
 
     static int query_lines(const Widths& widths) { return HEADS * widths.padded_key() / LANES; }
     template <int H>
@@ -318,9 +330,11 @@ class FloatSpan {
             for (int h = 0; h < H; ++h, to += LANES) store(to, h < heads ? reinterpret_cast<Floats>(part(queries + h * widths_.key + k, widths_.key - k)) : Floats{});
     }
     template <int H>
-    void attend(Line* queries, float*, int from, int count, float scale, Mixed& out) const {
-        attend_floats<H>(reinterpret_cast<const float*>(queries), widths_.key, rows_ + from, widths_.value_at, widths_.value, count, scale, out);
+    void score(Line* queries, float*, int from, int to, float scale, Floats* scores) const {
+        score_floats<H>(reinterpret_cast<const float*>(queries), rows_, widths_.key, from, to, scale, scores);
     }
+    template <int H>
+    void mix(Floats* scores, int from, int to, Mixed& out) const { mix_floats<H>(scores, rows_, widths_.value_at, widths_.value, from, to, out); }
 
    private:
     Widths widths_;
@@ -333,34 +347,47 @@ class FixedSpan {
     void reserve(const Widths& widths) {
         widths_ = widths;
         const int key_row = widths.padded_key(), value_row = round_up(widths.value, 32), own = widths.within() ? 0 : 1;
-        memory_.resize((SPAN + LANES) * (key_row + own * value_row) / 32);
-        scales_.resize((SPAN + LANES) * (1 + own));
+        memory_.resize(SPAN * (key_row + own * value_row) / 32);
+        scales_.resize(SPAN * (1 + own) + LANES);
         int16_t* at = reinterpret_cast<int16_t*>(memory_.data());
         keys_ = {at, scales_.data(), key_row, 32};
-        values_ = own ? Fixed{at + (SPAN + LANES) * key_row, scales_.data() + SPAN + LANES, value_row, 32} : Fixed{at + widths.value_at, keys_.scales, key_row, 32};
+        values_ = own ? Fixed{at + SPAN * key_row, scales_.data() + SPAN, value_row, 32} : Fixed{at + widths.value_at, keys_.scales, key_row, 32};
     }
-    void take(const bf16* const* rows, int count) {
-        take_rows<bf16>([&](int i) { return rows[i]; }, count, widths_.key, keys_);
-        if (!widths_.within()) take_rows<bf16>([&](int i) { return rows[i] + widths_.value_at; }, count, widths_.value, values_);
+    void take(const bf16* const* rows, int from, int to, int end) {
+        const int first = from / LANES * LANES;
+        ahead_ = {reinterpret_cast<const uint8_t* const*>(rows) + to, std::min(LANES, end - to), 0, 2 * std::max(widths_.key, widths_.value_at + widths_.value)};
+        take_rows(rows + first, from - first, to - first, widths_.key, part_of(keys_, first));
+        if (widths_.within()) return;
+        const bf16* values[LANES];
+        for (int i = from - first; i < to - first; ++i) values[i] = rows[first + i] + widths_.value_at;
+        take_rows<bf16>(values, from - first, to - first, widths_.value, part_of(values_, first));
     }
 
     static int query_lines(const Widths& widths) { return HEADS * widths.padded_key() / 32; }
     template <int H>
     void take_queries(const float* queries, int heads, Line* lines, float* scales) const {
-        const Fixed to{reinterpret_cast<int16_t*>(lines), scales, 32, H * 32};
         if (heads < H) std::fill(lines, lines + H * widths_.padded_key() / 32, Line{});
-        take_rows<float>([&](int h) { return queries + h * widths_.key; }, heads, widths_.key, to);
+        const float* rows[HEADS];
+        for (int h = 0; h < heads; ++h) rows[h] = queries + h * widths_.key;
+        take_rows<float>(rows, 0, heads, widths_.key, fixed<H>(lines, scales));
     }
     template <int H>
-    void attend(Line* queries, float* scales, int from, int count, float scale, Mixed& out) const {
-        attend_fixed<H>({reinterpret_cast<int16_t*>(queries), scales, 32, H * 32}, keys_, widths_.key, values_, widths_.value, from, count, scale, out);
+    void score(Line* queries, float* scales, int from, int to, float scale, Floats* scores) {
+        score_fixed<H>(fixed<H>(queries, scales), keys_, widths_.key, from, to, scale, scores, ahead_);
     }
+    template <int H>
+    void mix(Floats* scores, int from, int to, Mixed& out) const { mix_fixed<H>(scores, values_, widths_.value, from, to, out); }
 
    private:
+    static Fixed part_of(const Fixed& all, int first) { return {all.integers + int64_t(first) * all.row, all.scales + first, all.row, all.step}; }
+    template <int H>
+    static Fixed fixed(Line* queries, float* scales) { return {reinterpret_cast<int16_t*>(queries), scales, 32, H * 32}; }
+
     Widths widths_;
     std::vector<Line> memory_;
     std::vector<float> scales_;
     Fixed keys_, values_;
+    Ahead ahead_{};
 };
 
 // Calls f with the least number of heads, as a constant, that holds `heads`.

@@ -67,6 +67,7 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
     for (Scratch& s : scratch_) {
         s.products.resize(64 * STREAMS * TILE);
         s.row.resize(round_up(std::max(padded_, mixed_width()), GROUP));
+        s.scores.resize(SLOTS * SPAN * HEADS / LANES);
         s.values.resize((SLOTS + 1) * HEADS * round_up(mixed_width(), GROUP));
         shape.float_cache ? s.floats.reserve(widths()) : s.fixed.reserve(widths());
         s.queries.resize(SLOTS * (shape.float_cache ? FloatSpan::query_lines(widths()) : FixedSpan::query_lines(widths())));
@@ -318,32 +319,44 @@ void Network::attend_task(Worker& me, const Layer& layer, int index, int task) {
         int token;
         HeadRange heads;
         Line* queries;
-        float scales[HEADS + LANES];
+        Floats* scores;
+        float scales[LANES];
         Mixed all;
     } slots[SLOTS];
     const int count = some.count * blocks_;
     for (int i = 0; i < count; ++i) {
         Slot& slot = slots[i];
         slot.token = some.first + i / blocks_, slot.heads = heads_of(first_block + i % blocks_);
-        slot.queries = &scratch.queries[i * int64_t(scratch.queries.size() / SLOTS)];
+        slot.queries = &scratch.queries[i * int64_t(scratch.queries.size() / SLOTS)], slot.scores = &scratch.scores[i * SPAN * HEADS / LANES];
         with_heads(slot.heads.count, [&](auto size) {
             span.template take_queries<size>(&query_[(int64_t(slot.token) * s.heads + slot.heads.first) * KEY], slot.heads.count, slot.queries, slot.scales);
         });
     }
-    // All slots' queries over the span that begins at `first`; emit(slot) for those that have keys in it.
+    // All slots' queries over the span that begins at `first`; emit(slot) for those that have keys in it. Keys are taken some at a
+    // time, and multiplied before the next ones come from memory.
     auto over = [&](int first, auto out_of, auto emit) {
         const T* rows[SPAN];
-        const int at = std::max(first, begin(some.first));
-        cache_rows<T>(index, last, at, std::min(first + SPAN, end(last)), offset, rows);
-        span.take(rows, std::min(first + SPAN, end(last)) - at);
-        for (int i = 0; i < count; ++i) {
-            Slot& slot = slots[i];
-            const int from = std::max(first, begin(slot.token)), to = std::min(first + SPAN, end(slot.token));
-            if (from >= to) continue;
-            Mixed& out = out_of(i);
-            with_heads(slot.heads.count, [&](auto size) { span.template attend<size>(slot.queries, slot.scales, from - at, to - from, s.softmax_scale, out); });
-            emit(slot, out);
+        const int at = std::max(first, begin(some.first)) - first, stop = std::min(SPAN, end(last) - first);
+        cache_rows<T>(index, last, first + at, first + stop, offset, rows + at);
+        auto for_slots = [&](int from, int to, auto f) {
+            for (int i = 0; i < count; ++i) {
+                Slot& slot = slots[i];
+                const int mine = std::max(from, begin(slot.token) - first), end_of = std::min(to, end(slot.token) - first);
+                if (mine < end_of) with_heads(slot.heads.count, [&](auto size) { f(i, slot, mine, end_of, size); });
+            }
+        };
+        for (int from = at, to; from < stop; from = to) {
+            to = std::min(stop, from / LANES * LANES + LANES);
+            span.take(rows, from, to, stop);
+            for_slots(from, to, [&](int, Slot& slot, int a, int b, auto size) {
+                span.template score<size>(slot.queries, slot.scales, a, b, s.softmax_scale, slot.scores);
+            });
         }
+        for_slots(at, stop, [&](int i, Slot& slot, int a, int b, auto size) {
+            Mixed& out = out_of(i);
+            span.template mix<size>(slot.scores, a, b, out);
+            emit(slot, out);
+        });
     };
     if (spans_) {
         auto out_of = [&](int i) -> Mixed& { return span_[int64_t(rest) * blocks + first_block + i]; };

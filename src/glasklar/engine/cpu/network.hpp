@@ -106,6 +106,7 @@ class Network {
     struct Scratch {
         Buffer<float> products, row, values;
         Buffer<Line> queries;  // of SLOTS blocks of heads
+        Buffer<Floats> scores;
         FloatSpan floats;
         FixedSpan fixed;
         FloatSpan& span(const float*) { return floats; }
