@@ -97,7 +97,12 @@ def ours(weights: Weights, kind: str) -> Logits:
     """Our pass; float32: the reference."""
     packed = pack(weights.config, weights.get, Packer(compiled(), KINDS[kind], THREADS))
     net = NativeNetwork(
-        compiled(), packed, threads=THREADS, page=PAGE, max_tokens=LONGEST, float_cache=kind == "float32"
+        compiled(),
+        packed,
+        threads=THREADS,
+        page=PAGE,
+        max_tokens=LONGEST,
+        cache="float32" if kind == "float32" else "bfloat16",
     )
     cache = net.new_cache(LONGEST // PAGE)
     tables = np.arange(LONGEST // PAGE, dtype=np.int32)[None]

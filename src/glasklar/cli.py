@@ -127,6 +127,9 @@ def serve(
     cache_disk: Annotated[
         int, typer.Option(min=0, metavar="GB", help="Disk for what finds no room in the cache, kept for the next start")
     ] = 0,
+    cache_type: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Of the cache in memory: bfloat16, or int8 in half the memory")
+    ] = None,
     dtype: DType = None,
     quantize: Quantize = None,
     threads: Threads = None,
@@ -151,7 +154,8 @@ def serve(
         limits=Limits(running=running, queued=queued, cache_tokens=cache_tokens, disk_bytes=cache_disk * 10**9),
     )
     runtime = _runtime(threads)
-    found = open_folder(find_model(model, _home()), runtime, dtype, quantize, packed_under(_home()))
+    place = find_model(model, _home())
+    found = open_folder(place, runtime, dtype, quantize, packed_under(_home()), cache_type)
     folder = found.folder.parent
     run = folder if (folder / "metrics.jsonl").is_file() else None
     run_server(

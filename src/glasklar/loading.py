@@ -6,13 +6,14 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from glasklar.data.foreign import open_tokenizer
 from glasklar.data.tokenizer import Tokenizer
+from glasklar.engine.cpu.library import CACHES, CacheKind
 from glasklar.engine.native_runner import logits_of
 from glasklar.engine.packed import PackedModel, Quantisation, load_packed
 from glasklar.engine.packed_file import kept_packed
@@ -37,6 +38,7 @@ class ModelFolder:
     runtime     what it is computed with, its precision included
     quantize    "int8" or "int4": its weights are packed for the engine while they are read
     cache       where packed weights are kept for the next start, if anywhere
+    cache_kind  what the engine's cache holds of a token (`Engine`)
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class ModelFolder:
     runtime: Runtime
     quantize: str | None = None
     cache: Path | None = None
+    cache_kind: CacheKind | None = None
 
     @property
     def name(self) -> str:
@@ -166,9 +169,12 @@ def open_folder(
     dtype: str | None = None,
     quantize: str | None = None,
     cache: Path | None = None,
+    cache_kind: str | None = None,
 ) -> ModelFolder:
     """What `load` loads, but for the weights."""
     folder = Path(folder)
+    if cache_kind not in (None, *CACHES):
+        raise CheckpointError(f"cache type {cache_kind!r}: use one of {', '.join(CACHES)}")
     if dtype is not None:
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -181,8 +187,9 @@ def open_folder(
     config = read_config(folder)
     tokenizer = open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     return ModelFolder(
-        folder=folder, config=config, tokenizer=tokenizer, runtime=runtime, quantize=quantize, cache=cache
-    )
+        folder=folder, config=config, tokenizer=tokenizer, runtime=runtime, quantize=quantize, cache=cache,
+        cache_kind=cast(CacheKind | None, cache_kind),
+    )  # fmt: skip
 
 
 def packed_under(home: Path) -> Path:

@@ -75,11 +75,11 @@ struct Model {
     Matrix head;
     Draft draft{};
 
-    Model(bool latent, int kind, bool whole) {
+    Model(bool latent, int kind, int cache) {
         Shape& s = shape;
         s.layers = 3, s.width = 72, s.heads = 5, s.kv_heads = 5, s.nope = 24, s.rope = 8, s.value = 20, s.vocabulary = 97;
         s.experts = 8, s.active = 3, s.groups = 4, s.groups_kept = 2, s.sigmoid = 1, s.normalise = 1, s.interleave = 1, s.page = 16;
-        s.float_cache = whole, s.max_tokens = 512, s.scaling = 1.5f, s.eps = s.latent_eps = 1e-6f, s.softmax_scale = 0.18f;
+        s.cache = cache, s.max_tokens = 512, s.scaling = 1.5f, s.eps = s.latent_eps = 1e-6f, s.softmax_scale = 0.18f;
         if (latent) s.latent = 40, s.q_latent = 36;
         else s.heads = 12, s.kv_heads = 2, s.nope = 8, s.interleave = 0;
         for (int i = 0; i <= s.layers; ++i) layers.push_back(layer(i, kind));
@@ -118,8 +118,8 @@ std::vector<std::vector<float>> logits(Model& model, const std::vector<int>& len
     const Shape& s = model.shape;
     const Embedding embedding{model.table.data(), 0};
     Network* network = glasklar_network(&s, model.layers.data(), &embedding, model.final_norm, &model.head, &model.draft, threads);
-    const int width = s.latent ? s.latent + s.rope : s.kv_heads * (s.nope + s.rope + s.value), pages = 24, most = pages * s.page;
-    const int64_t stride = int64_t(lengths.size()) * most * width * (s.float_cache ? 4 : 2);
+    const int pages = 24, most = pages * s.page;
+    const int64_t stride = int64_t(lengths.size()) * most * glasklar_row_bytes(network);
     std::vector<uint8_t> cache(stride * s.layers), draft_cache(stride);
     std::vector<float> cosine(most * s.rope / 2, 0.8f), sine(most * s.rope / 2, 0.6f);
     std::vector<std::vector<int32_t>> tables(lengths.size());
@@ -162,7 +162,7 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) { return a.s
 void passes() {
     for (bool latent : {true, false})
         for (int kind : {FLOAT, BF16, INT8, INT4}) {
-            Model model(latent, kind, kind == FLOAT);
+            Model model(latent, kind, kind == FLOAT ? FLOAT_CACHE : kind == INT4 ? INT8_CACHE : BF16_CACHE);
             const auto together = logits(model, {3, 300, 40}, 5, 170, 2);
             for (const auto& row : together)
                 for (float x : row) CHECK(std::isfinite(x));

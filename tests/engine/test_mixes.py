@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from glasklar.engine.cpu import library
+from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.draft import PLAIN, Gain, Way
 from glasklar.engine.engine import Engine
 from glasklar.engine.guide import Guide, ThinkingBudget
@@ -48,15 +49,16 @@ def packed(name: str, kind: str) -> PackedModel:
 
 
 @functools.cache
-def lonely(name: str, kind: str) -> NativeNetwork:
+def lonely(name: str, kind: str, cache: CacheKind | None) -> NativeNetwork:
     compiled = library.best()
     assert compiled is not None
-    return NativeNetwork(compiled, packed(name, kind), threads=1, float_cache=kind == "float32")
+    cache = cache or ("float32" if kind == "float32" else "bfloat16")
+    return NativeNetwork(compiled, packed(name, kind), threads=1, cache=cache)
 
 
-def logits_alone(name: str, kind: str, text: list[int]) -> NDArray[np.float32]:
+def logits_alone(name: str, kind: str, cache: CacheKind | None, text: list[int]) -> NDArray[np.float32]:
     """After each token of a text."""
-    net, count = lonely(name, kind), len(text)
+    net, count = lonely(name, kind, cache), len(text)
     every, zeros = np.arange(count, dtype=np.int32), np.zeros(count)
     tables = np.arange(-(-count // 16), dtype=np.int32)[None]
     logits, _, _ = net.run(
@@ -104,8 +106,8 @@ class Recorded:
         engine._choose = noted  # type: ignore[method-assign, assignment]
 
 
-def alone(model: PackedModel, request: Asked) -> Completion:
-    engine = Engine(model, max_slots=1, draft_tokens=0)
+def alone(model: PackedModel, cache: CacheKind | None, request: Asked) -> Completion:
+    engine = Engine(model, max_slots=1, draft_tokens=0, cache=cache)
     prompt, params, _, budget = request
     engine.add(prompt, params, guide=guide_of(budget))
     while True:
@@ -117,10 +119,12 @@ def alone(model: PackedModel, request: Asked) -> Completion:
 def run_mix(seed: int, folder: Path) -> Engine:
     rng = random.Random(seed)
     name, kind = rng.choice(("mla", "gqa")), rng.choice(tuple(KINDS))
+    cache: CacheKind | None = "int8" if seed % 3 == 1 else None
     model, asked = packed(name, kind), draw_requests(rng)
     engine = Engine(
         model, draft_tokens=rng.choice((0, 4, 4)), max_slots=rng.choice((2, 5, 12)),
         max_tokens=rng.choice((192, 192, 320, 2048)), chunk_tokens=rng.choice((3, 16, 25, 512)),
+        cache=cache,
         spill=SpillConfig(folder=folder, model=kind + name) if rng.random() < 0.3 else None,
     )  # fmt: skip
     assert isinstance(engine.runner, NativeRunner)
@@ -142,12 +146,12 @@ def run_mix(seed: int, folder: Path) -> Engine:
         pages.check()
     for number, answer in answers.items():
         prompt = asked[ids.index(number)][0]
-        wanted = logits_alone(name, kind, prompt + answer[:-1])
+        wanted = logits_alone(name, kind, cache, prompt + answer[:-1])
         assert sorted(recorded.logits[number]) == list(range(len(prompt), len(prompt) + len(answer)))
         for length, logits in recorded.logits[number].items():
             assert np.array_equal(logits, wanted[length - 1]), (seed, number, length)
     for number in rng.sample(sorted(done), min(2, len(done))):
-        assert alone(model, asked[ids.index(number)]) == done[number]
+        assert alone(model, cache, asked[ids.index(number)]) == done[number]
     assert not pages._held.any()
     assert engine.drafter is not None
     assert not engine.drafter._lookups

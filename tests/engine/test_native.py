@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from glasklar.engine.cpu import library
+from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, Packer, pack
 from glasklar.errors import CapacityError, CheckpointError
@@ -71,12 +72,20 @@ def network(shape: str, **more: int) -> Transformer:
     return model
 
 
-def native(model: Transformer, build: str, kind: str = "float32", threads: int = 2) -> NativeNetwork:
+def native(
+    model: Transformer, build: str, kind: str = "float32", threads: int = 2, cache: CacheKind | None = None
+) -> NativeNetwork:
     compiled = library.load(build)
     assert compiled is not None
     parameters = dict(model.state_dict())
     packed = pack(model.config, parameters.__getitem__, Packer(compiled, KINDS[kind], threads), draft=True)
-    return NativeNetwork(compiled, packed, threads=threads, max_tokens=512, float_cache=kind == "float32")
+    return NativeNetwork(
+        compiled,
+        packed,
+        threads=threads,
+        max_tokens=512,
+        cache=cache or ("float32" if kind == "float32" else "bfloat16"),
+    )
 
 
 def prompts(model: Transformer) -> list[list[int]]:
@@ -113,14 +122,30 @@ def test_float_logits_are_those_of_the_network(shape: str) -> None:
         assert np.abs(logits - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("cache", "most"), [("bfloat16", 0.007), ("int8", 0.03)])
+@pytest.mark.parametrize("shape", ["one MLA layer", "gqa", "norms, windows"])
+def test_smaller_caches_change_logits_little(shape: str, cache: CacheKind, most: float) -> None:
+    """Of dense networks: near ties of a router would hide what the cache does."""
+    model = network("mla", first_k_dense_replace=9, q_lora_rank=36) if shape == "one MLA layer" else network(shape)
+    sizes = []
+    for wanted, found in zip(
+        *(logits_of(native(model, BUILDS[0], cache=kind), prompts(model), 512) for kind in ("float32", cache)),
+        strict=True,
+    ):
+        sizes.append(float(np.sqrt(((found - wanted) ** 2).mean() / (wanted**2).mean())))
+    assert 0 < max(sizes) < most, sizes
+
+
+@pytest.mark.parametrize(("kind", "cache"), [*((kind, None) for kind in KINDS), ("int4", "int8")])
 @pytest.mark.parametrize("shape", ["query latents, biases", "gqa, experts", "sinks, clamped experts"])
-def test_same_bits_alone_in_company_in_any_chunks_threads_and_builds(shape: str, kind: str) -> None:
+def test_same_bits_alone_in_company_in_any_chunks_threads_and_builds(
+    shape: str, kind: str, cache: CacheKind | None
+) -> None:
     model = network(shape)
-    together = logits_of(native(model, BUILDS[0], kind), prompts(model), 512)
+    together = logits_of(native(model, BUILDS[0], kind, cache=cache), prompts(model), 512)
     assert all(np.isfinite(logits).all() for logits in together)
     for build in BUILDS:
-        net = native(model, build, kind, threads=1)
+        net = native(model, build, kind, threads=1, cache=cache)
         for wanted, prompt in zip(together, prompts(model), strict=True):
             for chunk in (1, 7) if build == BUILDS[0] else (64,):
                 [alone] = logits_of(net, [prompt], chunk)

@@ -41,7 +41,7 @@ def answer_again(model: Model, receipt: Receipt) -> Completion:
         if model.tokenizer is None:
             raise RecordError("the answer was guided, which needs the model's tokenizer")
         guide = GuideMaker(model.tokenizer, model.config.vocab_size).make(_guide(receipt.guide))
-    engine = Engine(model.network, max_slots=1, draft_tokens=0)
+    engine = Engine(model.network, max_slots=1, draft_tokens=0, cache=receipt.engine["machine"].get("cache"))
     engine.add(receipt.prompt, params, guide=guide)
     events: list[TokenEvent] = []
     while engine.has_work:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from glasklar.engine.batch import Rows
 from glasklar.engine.cache import SlotCache
+from glasklar.engine.cpu.library import CACHES, CacheKind
 from glasklar.engine.draft import DRAFT_ROWS, PLAIN, Drafter
 from glasklar.engine.guide import Guide
 from glasklar.engine.native_runner import PASS_TOKENS, NativeRunner, runs_native
@@ -78,6 +79,8 @@ class Engine:
     chunk_tokens     a longer prompt is read in pieces of so many tokens, one in a step; while answers run, in pieces
                      that hold them up for half a second at most (C++ passes only)
     draft_tokens     most tokens guessed ahead for a request, while few run and it gains; 0: none (C++ passes only)
+    cache            what the cache holds of a token: "bfloat16", "float32", or "int8", which takes half of the memory of
+                     bfloat16; None: what the weights are, bfloat16 if they are packed (C++ passes only)
     spill            where on disk to keep beginnings of texts that memory has no room for, also for the next start
                      (C++ passes only)
     native           True: passes in C++, False: in PyTorch; None: in C++ where that is possible
@@ -92,25 +95,30 @@ class Engine:
         prefill_tokens: int = 1 << 13,
         chunk_tokens: int = PASS_TOKENS,
         draft_tokens: int = 4,
+        cache: CacheKind | None = None,
         spill: SpillConfig | None = None,
         native: bool | None = None,
     ) -> None:
         self.model, self.config = model, model.config
         if native is None:
             native = runs_native(model)
+        if cache not in (None, *CACHES):
+            raise RequestError(f"cache = {cache!r}: use one of {', '.join(CACHES)}")
         self.room: Room
         self.runner: Runner | NativeRunner
         if native:
             self.room = PageRoom(max_slots=max_slots, max_tokens=max_tokens)
             self.runner = NativeRunner(
                 model, max_slots=max_slots, max_tokens=max_tokens, chunk_tokens=chunk_tokens, draft=draft_tokens > 0,
-                spill=spill,
+                cache=cache, spill=spill,
             )  # fmt: skip
         else:
             if spill is not None:
                 raise RequestError(
                     "spill: only the C++ pass keeps pages; leave `spill` (serve --cache-disk) out, or `native`"
                 )
+            if cache is not None:
+                raise RequestError(f"cache = {cache!r}: only the C++ pass has a choice; leave `cache` out, or `native`")
             if not isinstance(model, Transformer):
                 raise RequestError("packed weights need the C++ pass; leave `native` out")
             weight = model.embed_tokens.weight

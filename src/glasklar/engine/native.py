@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glasklar.engine.cpu.library import Draft, Embedding, Layer, Pass, Shape
+from glasklar.engine.cpu.library import CACHES, CacheKind, Draft, Embedding, Layer, Pass, Shape
 from glasklar.engine.packed import PackedLayer, PackedModel
 from glasklar.engine.paged import new_pages
 from glasklar.model.attention import inverse_frequencies
@@ -20,7 +20,8 @@ LATENT_EPS = 1e-6  # the norms within MLA have one of their own
 class NativeNetwork:
     """One network ready for passes of up to `max_tokens` tokens over `pages` cache pages of `page` tokens.
 
-    float_cache   cache and attention in fp32 instead of bf16: for tests against other implementations
+    cache   what it holds: "bfloat16"; "int8", with a scale for a row and a shift for 32 values, half as large; "float32",
+            then attention is computed in it as well, for exact comparisons
     """
 
     def __init__(
@@ -31,19 +32,20 @@ class NativeNetwork:
         threads: int,
         page: int = 16,
         max_tokens: int = 512,
-        float_cache: bool = False,
+        cache: CacheKind = "bfloat16",
     ) -> None:
         c = model.config
         self.library, self.model, self.config = library, model, c
         self.page, self.max_tokens = page, max_tokens
-        self.cache_dtype = torch.float32 if float_cache else torch.bfloat16
+        self.cache_kind = cache
+        self.cache_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.uint8}[cache]
         shape = Shape(
             layers=c.num_hidden_layers, width=c.hidden_size, heads=c.num_attention_heads, kv_heads=c.kv_heads,
             latent=c.kv_lora_rank or 0, q_latent=c.q_lora_rank or 0, nope=c.qk_nope_head_dim or 0, rope=c.rope_dim,
             value=c.value_head_dim, vocabulary=c.vocab_size, experts=c.n_routed_experts or 0,
             active=c.num_experts_per_tok or 0, groups=c.n_group, groups_kept=c.topk_group,
             sigmoid=c.scoring_func == "sigmoid", normalise=c.norm_topk_prob, interleave=c.rope_interleave, page=page,
-            float_cache=float_cache, max_tokens=max_tokens, scaling=c.routed_scaling_factor, eps=c.rms_norm_eps,
+            cache=CACHES.index(cache), max_tokens=max_tokens, scaling=c.routed_scaling_factor, eps=c.rms_norm_eps,
             latent_eps=LATENT_EPS, softmax_scale=c.softmax_scale, swiglu_alpha=c.swiglu_alpha,
             swiglu_limit=c.swiglu_limit or 0.0,
         )  # fmt: skip
@@ -58,6 +60,7 @@ class NativeNetwork:
             ctypes.byref(shape), layers, ctypes.byref(embedding), model.final_norm.data_ptr(),
             ctypes.byref(model.head.struct()), draft, threads,
         )  # fmt: skip
+        self.cache_width = library.glasklar_row_bytes(self._handle) // self.cache_dtype.itemsize
         self.vocabulary = c.vocab_size
         self.padded_vocabulary = -(-c.vocab_size // 16) * 16
         self._inverse, self._factor = inverse_frequencies(c)
@@ -77,8 +80,7 @@ class NativeNetwork:
 
     def new_cache(self, pages: int) -> Tensor:
         """[layers, pages, page, cache width]"""
-        c = self.config
-        return new_pages(c.num_hidden_layers, pages, self.page, c.cache_width, self.cache_dtype)
+        return new_pages(self.config.num_hidden_layers, pages, self.page, self.cache_width, self.cache_dtype)
 
     def run(
         self,

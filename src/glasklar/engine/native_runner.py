@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from glasklar.engine.batch import Rows, distinct
 from glasklar.engine.cpu import library
+from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, PackedModel, Packer, Quantisation, pack
 from glasklar.engine.paged import PAGE, PageCache, new_pages
@@ -34,11 +35,13 @@ def runs_native(model: Transformer | PackedModel) -> bool:
     return known and library.best() is not None
 
 
-def computed_by(network: Transformer | PackedModel) -> dict[str, str]:
-    """What computes a network here, for the record: the ops of PyTorch's passes, and whose passes the engine runs."""
+def computed_by(network: Transformer | PackedModel, cache: CacheKind | None = None) -> dict[str, str]:
+    """What computes a network here, for the record: the ops of PyTorch's passes, whose passes the engine runs, and what
+    its cache holds if that was chosen."""
+    chosen = {} if cache is None else {"cache": cache}
     if isinstance(network, PackedModel):
-        return {"ops": f"none, packed as {network.precision}", "passes": "C++", "quantize": network.precision}
-    return {"ops": network.ops.name, "passes": "C++" if runs_native(network) else "torch"}
+        return {"ops": f"none, packed as {network.precision}", "passes": "C++", "quantize": network.precision, **chosen}
+    return {"ops": network.ops.name, "passes": "C++" if runs_native(network) else "torch", **chosen}
 
 
 @dataclass
@@ -68,6 +71,7 @@ class NativeRunner:
     """Runs a network (packed here, and again at `refresh`) or weights that are packed already.
 
     draft       with the model's module of multi-token prediction, if it has one
+    cache       what the cache holds (`NativeNetwork`); None: float32 for weights that are, else bfloat16
     following   whether passes are followed by the module, so that it can guess; it costs about one layer more
     """
 
@@ -80,6 +84,7 @@ class NativeRunner:
         chunk_tokens: int = PASS_TOKENS,
         quantise: Quantisation | None = None,
         draft: bool = False,
+        cache: CacheKind | None = None,
         spill: SpillConfig | None = None,
     ) -> None:
         self.spare = max_slots  # where the cache keeps a prompt that is being read
@@ -87,13 +92,14 @@ class NativeRunner:
         self._filled: int | None = None  # tokens of it that were read, and how many of them the cache had
         self._known = 0
         self.threads = torch.get_num_threads()
-        self.model, self.quantise, self.draft_wanted = model, quantise, draft
+        self.model, self.quantise, self.draft_wanted, self.cache_kind = model, quantise, draft, cache
         self.network = self._network()
         dtype = self.network.cache_dtype
         self.cache = PageCache(
             model.config,
             max_tokens=max_tokens,
             dtype=dtype,
+            width=self.network.cache_width,
             spill=None if spill is None else Spill(spill, self._layout()),
         )
         self.following = False
@@ -101,7 +107,7 @@ class NativeRunner:
         # The module's cache has the same pages. What it holds of a page may be missing, or stem from another text that
         # went on otherwise: then its guesses are worse, and no answer is different.
         pages = self.cache.data.shape[1] if self.has_module else 1
-        self._module_cache = new_pages(1, pages, PAGE, model.config.cache_width, dtype)
+        self._module_cache = new_pages(1, pages, PAGE, self.network.cache_width, dtype)
 
     @property
     def config(self) -> ModelConfig:
@@ -114,7 +120,7 @@ class NativeRunner:
     def _layout(self) -> str:
         """What determines the bytes of a cache page beside the weights themselves."""
         kinds = sorted({matrix.kind for layer in self.network.model.layers for matrix in layer.matrices.values()})
-        return f"engine {library.VERSION} kinds {kinds} cache {self.network.cache_dtype} page {PAGE} {self.config.model_dump_json()}"
+        return f"engine {library.VERSION} kinds {kinds} cache {self.network.cache_kind} page {PAGE} {self.config.model_dump_json()}"
 
     def _network(self) -> NativeNetwork:
         compiled = library.best()
@@ -125,10 +131,8 @@ class NativeRunner:
             parameters = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
             packer = Packer(compiled, KINDS[self.quantise or dtype], self.threads)
             model = pack(model.config, parameters.__getitem__, packer, draft=self.draft_wanted)
-        whole = model.precision == "float32"
-        return NativeNetwork(
-            compiled, model, threads=self.threads, page=PAGE, max_tokens=PASS_TOKENS, float_cache=whole
-        )
+        cache = self.cache_kind or ("float32" if model.precision == "float32" else "bfloat16")
+        return NativeNetwork(compiled, model, threads=self.threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache)
 
     def fill(
         self, prompt: Sequence[int], row: int, temperature: NDArray[np.float64], uniform: NDArray[np.float64]

@@ -59,16 +59,26 @@ def new_pages(layers: int, pages: int, page: int, width: int, dtype: torch.dtype
 class PageCache:
     """[L, pages, PAGE, width]; memory is taken by the system page by page as it is written.
 
+    width   values of a token in a layer, if the config does not say it
     spill   where idle pages go that are given up
     """
 
-    def __init__(self, config: ModelConfig, *, max_tokens: int, dtype: torch.dtype, spill: Spill | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        max_tokens: int,
+        dtype: torch.dtype,
+        width: int | None = None,
+        spill: Spill | None = None,
+    ) -> None:
         self.max_tokens, self.spill = max_tokens, spill
         count = max_tokens // PAGE
+        width = width or config.cache_width
         try:
-            self.data = new_pages(config.num_hidden_layers, count, PAGE, config.cache_width, dtype)
+            self.data = new_pages(config.num_hidden_layers, count, PAGE, width, dtype)
         except MemoryError:
-            gigabytes = config.num_hidden_layers * max_tokens * config.cache_width * dtype.itemsize / 1e9
+            gigabytes = config.num_hidden_layers * max_tokens * width * dtype.itemsize / 1e9
             raise CapacityError(f"the cache needs {gigabytes:.1f} GB; lower max_tokens = {max_tokens}") from None
         self._memory = self.data.view(torch.uint8).numpy()
         self.tables = np.zeros((0, 8), np.int32)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.request import SamplingParams, TokenEvent
 from glasklar.errors import CapacityError, CheckpointError, GlasklarError, RequestError
 from glasklar.serve.grammar import GuideSpec
@@ -24,7 +25,7 @@ _LENGTH = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The first message: which model, computed how. `max_slots`, `max_tokens`: see `Engine`; `pages`: folder of the
+    """The first message: which model, computed how. `max_slots`, `max_tokens`, `cache_kind`: see `Engine`; `pages`: folder of the
     cache's pages on disk, at most `disk_bytes`."""
 
     folder: str
@@ -35,6 +36,7 @@ class Start:
     max_tokens: int
     quantize: str | None = None
     cache: str | None = None
+    cache_kind: CacheKind | None = None
     pages: str | None = None
     disk_bytes: int = 0
 

@@ -375,6 +375,7 @@ def _start(model: ModelFolder, limits: Limits, pages: Path | None) -> Start:
         max_tokens=limits.cache_tokens,
         quantize=model.quantize,
         cache=None if model.cache is None else str(model.cache),
+        cache_kind=model.cache_kind,
         pages=str(pages) if limits.disk_bytes else None,
         disk_bytes=limits.disk_bytes,
     )

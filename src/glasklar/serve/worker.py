@@ -235,7 +235,10 @@ def open_model(message: Start, progress: Callable[[int, int], None]) -> tuple[Mo
         form = message.quantize or str(runtime.dtype)
         name = f"{version('glasklar')} {key_of(Path(message.folder), form)}"
         spill = SpillConfig(folder=Path(message.pages), model=name, max_bytes=message.disk_bytes)
-    return model, Engine(model.network, max_slots=message.max_slots, max_tokens=message.max_tokens, spill=spill)
+    engine = Engine(
+        model.network, max_slots=message.max_slots, max_tokens=message.max_tokens, cache=message.cache_kind, spill=spill
+    )
+    return model, engine
 
 
 def main() -> None:
@@ -266,7 +269,7 @@ def run(channel: socket.socket) -> None:
         return
     from glasklar.engine.native_runner import computed_by
 
-    send(Ready(engine={**model.runtime.describe(), **computed_by(model.network)}))
+    send(Ready(engine={**model.runtime.describe(), **computed_by(model.network, first.cache_kind)}))
     worker = Worker(model, engine, send)
     inbox = Inbox(channel, frames, worker.prepare, closing=first.pages is not None)
     while not inbox.ended:

@@ -195,6 +195,52 @@ struct Ahead {
     }
 };
 
+// Rows of int8, part by part (MLA: one part; else keys and values of a head): values, the scale of the row as float, and a shift
+// for each group of 32 values: value = int8 * 2^shift * scale. Shifted, they are 16-bit integers of the length that `Fixed` has.
+struct Small {
+    int8_t bits;
+};
+constexpr float SMALL_REACH = 31000;  // leaves room for what rounding adds: 32 values by 1/254 of their largest
+
+template <class T>
+inline int part_size(int width) { return width; }
+template <>
+inline int part_size<Small>(int width) { return round_up(width, 4) + 4 + round_up((width + 31) / 32, 4); }
+
+template <class T>
+inline void store_part(const float* x, int width, T* to) {
+    for (int i = 0; i < width; ++i) put(to + i, x[i]);
+}
+template <>
+inline void store_part(const float* x, int width, Small* to) {
+    Floats squares{};
+    auto at = [&](int k) { return reinterpret_cast<Floats>(part(x + k, width - k)); };
+    for (int k = 0; k < width; k += LANES) squares = fma(at(k), at(k), squares);
+    const float length = std::sqrt(sum(squares)), scale = length / SMALL_REACH, inverse = length > 0 ? SMALL_REACH / length : 0;
+    Small* after = to + round_up(width, 4);
+    std::memcpy(after, &scale, 4);
+    for (int k = 0; k < width; k += 32) {
+        const Floats a = at(k), b = k + LANES < width ? at(k + LANES) : Floats{};
+        const float top = largest(larger(magnitude(a), magnitude(b))) * inverse;
+        int shift = 0;
+        while (top > float(127 << shift)) ++shift;
+        after[4 + k / 32].bits = int8_t(shift);
+        const Floats factor = spread(inverse / float(1 << shift));
+        const Words low = nearest(a, factor), high = nearest(b, factor);
+        for (int i = 0; i < std::min(32, width - k); ++i) to[k + i].bits = int8_t(i < LANES ? low[i] : high[i - LANES]);
+    }
+}
+
+inline void take_rows(const Small* const* rows, int from, int to, int width, const Fixed& out) {
+    std::fill(out.scales, out.scales + LANES, 0.0f);
+    for (int i = from; i < to; ++i) {
+        const Small *row = rows[i], *after = row + round_up(width, 4);
+        std::memcpy(out.scales + i, after, 4);
+        int16_t* at = out.integers + int64_t(i) * out.row;
+        for (int k = 0; k < width; k += 32, at += out.step) store(at, shorts(row + k, width - k, after[4 + k / 32].bits));
+    }
+}
+
 // Scores of the blocks that hold keys [from, to). `queries` lie [width / 32, H, 32].
 template <int H>
 __attribute__((noinline)) void score_fixed(const Fixed& queries, const Fixed& keys, int key_width, int from, int to, float scale, Floats* scores, Ahead& ahead) {
@@ -309,7 +355,7 @@ struct alignas(64) Line {
 };
 
 struct Widths {
-    int key, value, value_at;  // values a key has, values that are mixed, and where they begin in a row
+    int key, value, value_at;  // values a key has, values that are mixed, and where they begin in a row (in units of its type)
 
     bool within() const { return value_at + value <= key; }  // MLA: a key begins with its values
     int padded_key() const { return round_up(key, 32); }
@@ -341,7 +387,7 @@ class FloatSpan {
     const float* rows_[SPAN];
 };
 
-// Rows of bf16, as integers.
+// Rows of bf16 or int8, as integers.
 class FixedSpan {
    public:
     void reserve(const Widths& widths) {
@@ -353,14 +399,15 @@ class FixedSpan {
         keys_ = {at, scales_.data(), key_row, 32};
         values_ = own ? Fixed{at + SPAN * key_row, scales_.data() + SPAN, value_row, 32} : Fixed{at + widths.value_at, keys_.scales, key_row, 32};
     }
-    void take(const bf16* const* rows, int from, int to, int end) {
+    template <class T>
+    void take(const T* const* rows, int from, int to, int end) {
         const int first = from / LANES * LANES;
-        ahead_ = {reinterpret_cast<const uint8_t* const*>(rows) + to, std::min(LANES, end - to), 0, 2 * std::max(widths_.key, widths_.value_at + widths_.value)};
+        ahead_ = {reinterpret_cast<const uint8_t* const*>(rows) + to, std::min(LANES, end - to), 0, int(sizeof(T)) * std::max(widths_.key, widths_.value_at + widths_.value)};
         take_rows(rows + first, from - first, to - first, widths_.key, part_of(keys_, first));
         if (widths_.within()) return;
-        const bf16* values[LANES];
+        const T* values[LANES];
         for (int i = from - first; i < to - first; ++i) values[i] = rows[first + i] + widths_.value_at;
-        take_rows<bf16>(values, from - first, to - first, widths_.value, part_of(values_, first));
+        take_rows(values, from - first, to - first, widths_.value, part_of(values_, first));
     }
 
     static int query_lines(const Widths& widths) { return HEADS * widths.padded_key() / 32; }
@@ -369,7 +416,7 @@ class FixedSpan {
         if (heads < H) std::fill(lines, lines + H * widths_.padded_key() / 32, Line{});
         const float* rows[HEADS];
         for (int h = 0; h < heads; ++h) rows[h] = queries + h * widths_.key;
-        take_rows<float>(rows, 0, heads, widths_.key, fixed<H>(lines, scales));
+        take_rows(rows, 0, heads, widths_.key, fixed<H>(lines, scales));
     }
     template <int H>
     void score(Line* queries, float* scales, int from, int to, float scale, Floats* scores) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from typing import Any
+from typing import Any, Literal, get_args
 
 from glasklar.errors import CapacityError
 
@@ -35,9 +35,12 @@ class Embedding(Struct):
     _fields_ = [("rows", p), ("narrow", i64)]
 
 
+CacheKind = Literal["bfloat16", "float32", "int8"]
+CACHES = get_args(CacheKind)  # in the order of `CacheKind` in network.hpp
+
 _SHAPE = (
     "layers", "width", "heads", "kv_heads", "latent", "q_latent", "nope", "rope", "value", "vocabulary", "experts",
-    "active", "groups", "groups_kept", "sigmoid", "normalise", "interleave", "page", "float_cache", "max_tokens",
+    "active", "groups", "groups_kept", "sigmoid", "normalise", "interleave", "page", "cache", "max_tokens",
 )  # fmt: skip
 _FACTORS = ("scaling", "eps", "latent_eps", "softmax_scale", "swiglu_alpha", "swiglu_limit")
 _VECTORS = (
@@ -92,6 +95,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glasklar_network": (p, [p, p, p, p, p, p, i32]),
     "glasklar_free": (None, [p]),
     "glasklar_pass": (None, [p, p]),
+    "glasklar_row_bytes": (i32, [p]),
     "glasklar_tile_bytes": (i64, [i32, i32]),
     "glasklar_digest": (ctypes.c_uint64, [p, i64]),
     "glasklar_pack": (None, [i32, i32, p, i64, i32, i32, i32, i32, p]),

@@ -48,7 +48,7 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
     normed_.resize(T * padded_);
     q_.resize(T * round_up(H * (shape.nope + shape.rope), GROUP));
     q_latent_.resize(T * round_up(std::max(shape.q_latent, 1), GROUP));
-    kv_.resize(T * round_up(cache_width(), GROUP));
+    kv_.resize(T * round_up(kv_width(), GROUP));
     query_.resize(T * H * key_width());
     mixed_.resize(T * H * round_up(mixed_width(), GROUP));
     joined_.resize(T * round_up(H * shape.value, GROUP));
@@ -69,8 +69,9 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
         s.row.resize(round_up(std::max(padded_, mixed_width()), GROUP));
         s.scores.resize(SLOTS * SPAN * HEADS / LANES);
         s.values.resize((SLOTS + 1) * HEADS * round_up(mixed_width(), GROUP));
-        shape.float_cache ? s.floats.reserve(widths()) : s.fixed.reserve(widths());
-        s.queries.resize(SLOTS * (shape.float_cache ? FloatSpan::query_lines(widths()) : FixedSpan::query_lines(widths())));
+        const Widths w = shape.cache == INT8_CACHE ? widths<Small>() : widths<bf16>();
+        shape.cache == FLOAT_CACHE ? s.floats.reserve(w) : s.fixed.reserve(w);
+        s.queries.resize(SLOTS * (shape.cache == FLOAT_CACHE ? FloatSpan::query_lines(w) : FixedSpan::query_lines(w)));
     }
 }
 
@@ -104,7 +105,9 @@ void Network::run(const Pass& pass) {
     // Which phases there are is settled here: a straggler may look at `pass_` when the next pass has begun.
     auto body_of = [this, drafting = pass.states != nullptr](Worker& me) {
         FlushTiny tiny;
-        shape_.float_cache ? body<float>(me, drafting) : body<bf16>(me, drafting);
+        if (shape_.cache == FLOAT_CACHE) body<float>(me, drafting);
+        else if (shape_.cache == INT8_CACHE) body<Small>(me, drafting);
+        else body<bf16>(me, drafting);
     };
     pool_.run(std::max(shape_.layers, 2) * 16 + 8, alone, body_of);
 }
@@ -190,7 +193,7 @@ template <class T>
 void Network::attention(Worker& me, const Layer& layer, int index) {
     const Shape& s = shape_;
     const int H = s.heads, K = s.nope + s.rope, KEY = key_width(), MIXED = round_up(mixed_width(), GROUP);
-    const int64_t q_row = round_up(H * K, GROUP), latent_row = round_up(std::max(s.q_latent, 1), GROUP), kv_row = round_up(cache_width(), GROUP);
+    const int64_t q_row = round_up(H * K, GROUP), latent_row = round_up(std::max(s.q_latent, 1), GROUP), kv_row = round_up(kv_width(), GROUP);
     auto tokens = [this] { return pass_.tokens; };
     auto into = [](Buffer<float>& buffer, int64_t row_size, int limit) {
         return [&buffer, row_size, limit](int i, int column, Floats v) {
@@ -272,24 +275,24 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
 // The token's latent, normalised, and its turned key go into the cache (V2 eq. 9, 14-15).
 template <class T>
 void Network::store_latents(const Layer& layer, int index, int token) {
-    float* row = &kv_[int64_t(token) * round_up(cache_width(), GROUP)];
+    float* row = &kv_[int64_t(token) * round_up(kv_width(), GROUP)];
     norm(row, shape_.latent, layer.latent_norm, shape_.latent_eps, row);
     rotate(row + shape_.latent, pass_.positions[token]);
     T* to = const_cast<T*>(cache_row<T>(index, token, pass_.positions[token]));
-    for (int i = 0; i < cache_width(); ++i) put(to + i, row[i]);
+    store_part(row, key_width(), to);
 }
 
 template <class T>
 void Network::store_keys(const Layer& layer, int index, int token) {
     const int K = key_width(), V = shape_.value;
-    float* row = &kv_[int64_t(token) * round_up(cache_width(), GROUP)];
+    float* row = &kv_[int64_t(token) * round_up(kv_width(), GROUP)];
     T* to = const_cast<T*>(cache_row<T>(index, token, pass_.positions[token]));
     for (int g = 0; g < shape_.kv_heads; ++g) {
         float *key = row + g * K, *values = row + shape_.kv_heads * K + g * V;
         if (layer.k_norm) norm(key, K, layer.k_norm, shape_.eps, key);
         rotate(key + shape_.nope, pass_.positions[token]);
-        for (int i = 0; i < K; ++i) put(to + g * (K + V) + i, key[i]);
-        for (int i = 0; i < V; ++i) put(to + g * (K + V) + K + i, values[i]);
+        store_part(key, K, to + g * group_size<T>());
+        store_part(values, V, to + g * group_size<T>() + part_size<T>(K));
     }
 }
 
@@ -298,7 +301,7 @@ template <class T>
 void Network::cache_rows(int layer, int token, int from, int to, int offset, const T** rows) const {
     for (int p = from; p < to;) {
         const T* row = cache_row<T>(layer, token, p) + offset;
-        for (const int end = std::min(to, (p / shape_.page + 1) * shape_.page); p < end; ++p, row += cache_width()) *rows++ = row;
+        for (const int end = std::min(to, (p / shape_.page + 1) * shape_.page); p < end; ++p, row += row_size<T>()) *rows++ = row;
     }
 }
 
@@ -309,7 +312,7 @@ void Network::attend_task(Worker& me, const Layer& layer, int index, int task) {
     const int blocks = s.attention_tasks(), first_block = task % (blocks / blocks_) * blocks_, rest = task / (blocks / blocks_);
     const Query& some = queries_[rest / std::max(1, spans_)];
     const int KEY = key_width(), width = round_up(mixed_width(), GROUP), last = some.first + some.count - 1;
-    const int offset = latent() ? 0 : heads_of(first_block).group * (KEY + s.value);
+    const int offset = latent() ? 0 : heads_of(first_block).group * group_size<T>();
     Scratch& scratch = scratch_[me.thread()];
     auto& span = scratch.span(static_cast<const T*>(nullptr));
     auto begin = [&](int t) { return layer.window ? std::max(0, pass_.positions[t] + 1 - layer.window) : 0; };
@@ -611,6 +614,9 @@ EXPORT Network* glasklar_network(const Shape* shape, const Layer* layers, const 
 }
 EXPORT void glasklar_free(Network* network) { delete network; }
 EXPORT void glasklar_pass(Network* network, const Pass* pass) { network->run(*pass); }
+
+// Bytes of a token's row in one layer's cache.
+EXPORT int glasklar_row_bytes(const Network* network) { return network->row_bytes(); }
 
 EXPORT int64_t glasklar_tile_bytes(int kind, int inputs) { return tile_bytes(kind, inputs); }
 

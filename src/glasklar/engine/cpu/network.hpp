@@ -14,11 +14,13 @@
 
 namespace glasklar {
 
-// The structs below are mirrored in engine/native.py.
+enum CacheKind { BF16_CACHE = 0, FLOAT_CACHE = 1, INT8_CACHE = 2 };
+
+// The structs below are mirrored in engine/cpu/library.py.
 struct Shape {
     int32_t layers, width, heads, kv_heads, latent, q_latent, nope, rope, value, vocabulary;
     int32_t experts, active, groups, groups_kept, sigmoid, normalise;
-    int32_t interleave, page, float_cache, max_tokens;
+    int32_t interleave, page, cache, max_tokens;  // cache: a CacheKind
     float scaling, eps, latent_eps, softmax_scale, swiglu_alpha, swiglu_limit;  // limit 0: plain SwiGLU
 
     // Attention is cut by up to eight heads that share their keys.
@@ -100,6 +102,9 @@ class Network {
     Network(const Shape& shape, const Layer* layers, const Embedding& embedding, const float* final_norm, const Matrix& head, const Draft* draft,
             int threads);
     void run(const Pass& pass);
+    int row_bytes() const {
+        return shape_.cache == INT8_CACHE ? row_size<Small>() : shape_.cache == FLOAT_CACHE ? 4 * row_size<float>() : 2 * row_size<bf16>();
+    }
     int padded_vocabulary() const { return head_.tiles() * TILE; }
 
    private:
@@ -111,12 +116,16 @@ class Network {
         FixedSpan fixed;
         FloatSpan& span(const float*) { return floats; }
         FixedSpan& span(const bf16*) { return fixed; }
+        FixedSpan& span(const Small*) { return fixed; }
     };
     bool latent() const { return shape_.latent > 0; }
     int key_width() const { return latent() ? shape_.latent + shape_.rope : shape_.nope + shape_.rope; }
     int mixed_width() const { return latent() ? shape_.latent : shape_.value; }
-    Widths widths() const { return {key_width(), mixed_width(), latent() ? 0 : key_width()}; }
-    int cache_width() const { return latent() ? key_width() : shape_.kv_heads * (key_width() + shape_.value); }
+    int kv_width() const { return latent() ? key_width() : shape_.kv_heads * (key_width() + shape_.value); }
+    // In units of T: what a group of heads has in a row, and a row.
+    template <class T> int group_size() const { return part_size<T>(key_width()) + (latent() ? 0 : part_size<T>(shape_.value)); }
+    template <class T> int row_size() const { return latent() ? group_size<T>() : shape_.kv_heads * group_size<T>(); }
+    template <class T> Widths widths() const { return {key_width(), mixed_width(), latent() ? 0 : part_size<T>(key_width())}; }
 
     template <class T> void body(Worker& me, bool drafting);
     void embed(int token);
@@ -129,7 +138,7 @@ class Network {
     template <class T> const T* cache_row(int layer, int token, int position) const {
         const int page = pass_.tables[pass_.sequences[token]][position / shape_.page];
         const uint8_t* rows = pass_.cache + layer * pass_.layer_stride;
-        return reinterpret_cast<const T*>(rows) + (int64_t(page) * shape_.page + position % shape_.page) * cache_width();
+        return reinterpret_cast<const T*>(rows) + (int64_t(page) * shape_.page + position % shape_.page) * row_size<T>();
     }
     // Up to HEADS heads that share their keys, those of `group`.
     struct HeadRange {
