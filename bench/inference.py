@@ -224,18 +224,21 @@ def rows_of(
     scale = transformers_speeds(shape, layers) if arguments.transformers else {}
     tokens = max(f.rows * (f.context + f.tokens + 2 * rounds + 80) for f in figures)
     tokens = -(-tokens // 256) * 256
-    weights, ours = PeerWeights(llama, files), Ours(files, tokens, THREADS)
+    weights, ours = PeerWeights(llama, files), Ours(files, tokens, THREADS, arguments.cache)
     ours.fill()
     for rows in sorted({f.rows for f in figures}):
-        peers = {f"flash {flash}": Peer(weights, tokens, rows, flash, THREADS) for flash in (0, 1)}
+        # llama.cpp has small values in its cache only with its fused attention.
+        ways = (1,) if arguments.cache == "int8" else (0, 1)
+        peers = {f"flash {flash}": Peer(weights, tokens, rows, flash, THREADS, arguments.cache) for flash in ways}
         for figure in (f for f in figures if f.rows == rows):
             mine, theirs, ratio, share = measure(ours, peers, figure, rounds)
             limit = share if figure.rows == 1 and shape != "spark" else None
-            row = Row(shape, bits, figure.name, mine, theirs, ratio, figure.floor, figure.goal, limit)
+            kept = bits if arguments.cache == "bfloat16" else f"{bits}, cache {arguments.cache}"
+            row = Row(shape, kept, figure.name, mine, theirs, ratio, figure.floor, figure.goal, limit)
             row.transformers = scale.get(figure.name)
             yield row
             if figure.name == ALONE and wanted(BUSY):
-                yield busy_row(ours, peers["flash 0"], row, figure, rounds)
+                yield busy_row(ours, peers[f"flash {ways[0]}"], row, figure, rounds)
         for peer in peers.values():
             peer.close()
     weights.close()
@@ -266,6 +269,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--peer", type=Path, help="folder that llama-cpp-python was installed into")
     parser.add_argument("--keep", type=Path, help="folder for the models' files, which stay there")
+    parser.add_argument("--cache", choices=["bfloat16", "int8"], default="bfloat16", help="the peer's: fp16, or Q8_0")
     parser.add_argument("--transformers", action="store_true", help="with the speed of transformers, for scale")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

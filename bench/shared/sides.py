@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from random_model import Files
 
+from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, PackedMatrix
 
-PAGE, PASS_TOKENS = 16, 512
+PAGE, PASS_TOKENS, Q8_0 = 16, 512, 8
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,38 @@ def open_llama(folder: Path | None) -> Any:
 class Ours:
     """The pass of our engine over packed weights."""
 
-    def __init__(self, files: Files, tokens: int, threads: int) -> None:
+    def __init__(self, files: Files, tokens: int, threads: int, cache: CacheKind = "bfloat16") -> None:
         self.config, self.file = files.config, files.packed
         library, self.model = files.open_packed(threads)
-        self.network = NativeNetwork(library, self.model, threads=threads, page=PAGE, max_tokens=PASS_TOKENS)
+        self.network = NativeNetwork(library, self.model, threads=threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache)
         self.cache = self.network.new_cache(-(-tokens // PAGE) + 1)
         self.rng = np.random.default_rng(0)
 
     def fill(self) -> None:
         """Something to attend to, for figures after a context, and the file in the system's cache: the peer holds its
         weights in memory."""
-        self.cache.normal_()
+        if self.network.cache_kind == "int8":
+            self._fill_int8()
+        else:
+            self.cache.normal_()
         with self.file.open("rb") as file:
             while file.read(1 << 24):
                 pass
+
+    def _fill_int8(self) -> None:
+        """Values of the size of normal ones in rows as `store_part` lays them out: values, a scale, shifts."""
+        c, rows = self.config, self.cache.view(-1, self.cache.shape[-1])
+        parts = [c.kv_lora_rank + c.rope_dim] if c.kv_lora_rank else [c.qk_head_dim, c.value_head_dim] * c.kv_heads
+        rows.random_(0, 256)
+        begin = 0
+        for width in parts:
+            values = -(-width // 4) * 4
+            scale = torch.tensor([width**0.5 / 31000]).view(torch.uint8)
+            rows[:, begin + values : begin + values + 4] = scale
+            end = begin + values + 4 + -(-(-(-width // 32)) // 4) * 4
+            rows[:, begin + values + 4 : end] = 3
+            begin = end
+        assert begin == rows.shape[-1]
 
     def run(self, figure: Figure, turn: int) -> float:
         """Seconds of one pass of the figure (or more, of 512 tokens each)."""
@@ -121,12 +141,16 @@ class PeerWeights:
 class Peer:
     """llama.cpp through its C interface: a context."""
 
-    def __init__(self, weights: PeerWeights, tokens: int, rows: int, flash: int, threads: int) -> None:
+    def __init__(
+        self, weights: PeerWeights, tokens: int, rows: int, flash: int, threads: int, cache: CacheKind = "bfloat16"
+    ) -> None:
         llama = self.llama = weights.llama
         self.config, self.model = weights.config, weights.model
         context = llama.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = tokens, PASS_TOKENS, PASS_TOKENS
         context.n_seq_max, context.n_threads, context.n_threads_batch = rows, threads, threads
+        if cache == "int8":
+            context.type_k = context.type_v = Q8_0
         context.flash_attn_type, context.kv_unified, context.no_perf = flash, False, True
         self.context = llama.llama_init_from_model(self.model, context)
         if not self.context:

@@ -237,7 +237,12 @@ inline void take_rows(const Small* const* rows, int from, int to, int width, con
         const Small *row = rows[i], *after = row + round_up(width, 4);
         std::memcpy(out.scales + i, after, 4);
         int16_t* at = out.integers + int64_t(i) * out.row;
-        for (int k = 0; k < width; k += 32, at += out.step) store(at, shorts(row + k, width - k, after[4 + k / 32].bits));
+        int k = 0;
+        for (; k + 32 <= width; k += 32, at += out.step) store(at, shorts(load_as<Bytes>(row + k), after[4 + k / 32].bits));
+        if (k == width) continue;
+        Bytes rest{};
+        std::memcpy(&rest, row + k, width - k);
+        store(at, shorts(rest, after[4 + k / 32].bits));
     }
 }
 

@@ -20,6 +20,7 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int16_t Shorts __attribute__((vector_size(64)));
+typedef int8_t Bytes __attribute__((vector_size(32)));
 
 struct bf16 {
     uint16_t bits;
@@ -226,14 +227,8 @@ inline Shorts shorts(Words even, Words odd) {
     return reinterpret_cast<Shorts>((even & 0xffffu) | odd << 16);
 #endif
 }
-// 32 bytes at p, zeros beyond `left`, times 2^shift.
-inline Shorts shorts(const void* p, int left, int shift) {
-    typedef int8_t Bytes __attribute__((vector_size(32)));
-    Bytes b{};
-    if (left >= 32) std::memcpy(&b, p, sizeof b);
-    else std::memcpy(&b, p, left);
-    return __builtin_convertvector(b, Shorts) << short(shift);
-}
+// Times 2^shift.
+inline Shorts shorts(Bytes v, int shift) { return __builtin_convertvector(v, Shorts) << short(shift); }
 inline void store(int16_t* p, Shorts v) { std::memcpy(p, &v, sizeof v); }
 inline void store_low(int16_t* p, Words w) {
     const Halves h = __builtin_convertvector(w & 0xffffu, Halves);
