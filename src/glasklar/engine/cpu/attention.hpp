@@ -183,15 +183,14 @@ inline void take_rows(const T* const* rows, int from, int to, int width, const F
     }
 }
 
-// Rows that will be read next: the memory is asked for a line at a time, while there is something to compute.
+// Rows that will be read next: the memory is asked for some of them at a time, while there is something to compute.
 struct Ahead {
     const uint8_t* const* row;
-    int rows, at, bytes;
+    int rows, bytes;
 
-    void ask() {
-        if (rows <= 0) return;
-        __builtin_prefetch(*row + at);
-        if ((at += 64) >= bytes) ++row, --rows, at = 0;
+    void ask(int count) {
+        for (; count > 0 && rows > 0; --count, --rows, ++row)
+            for (int at = 0; at < bytes; at += 64) __builtin_prefetch(*row + at);
     }
 };
 
@@ -252,10 +251,10 @@ __attribute__((noinline)) void score_fixed(const Fixed& queries, const Fixed& ke
     constexpr int K = KEYS<H>;
     const Floats query_scale = by_head<H>(queries.scales) * scale;
     for (int i = from / K; i * K < to; ++i) {
+        ahead.ask(K);
         Ints total[LANES] = {};
         const int16_t *query = queries.integers, *key = keys.at(i * K);
         for (int k = 0; k < key_width; k += 32, key += 32) {
-            ahead.ask();
             Shorts part_of[K];
 #pragma GCC unroll 16
             for (int j = 0; j < K; ++j) part_of[j] = load_as<Shorts>(key + j * keys.row);
@@ -407,7 +406,7 @@ class FixedSpan {
     template <class T>
     void take(const T* const* rows, int from, int to, int end) {
         const int first = from / LANES * LANES;
-        ahead_ = {reinterpret_cast<const uint8_t* const*>(rows) + to, std::min(LANES, end - to), 0, int(sizeof(T)) * std::max(widths_.key, widths_.value_at + widths_.value)};
+        ahead_ = {reinterpret_cast<const uint8_t* const*>(rows) + to, std::min(LANES, end - to), int(sizeof(T)) * std::max(widths_.key, widths_.value_at + widths_.value)};
         take_rows(rows + first, from - first, to - first, widths_.key, part_of(keys_, first));
         if (widths_.within()) return;
         const T* values[LANES];
