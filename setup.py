@@ -18,7 +18,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 KEPT = ROOT / "build" / "native"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-# Python's own flags let whole numbers wrap around, which keeps compilers from simplifying addresses: a tenth of a prompt's speed.
+# Python's own flags let whole numbers wrap around, which keeps compilers from simplifying addresses: a tenth of the
+# speed at which prompts are read.
 COMMON = ["-std=c++17", "-fvisibility=hidden", "-fno-wrapv"]
 
 # Training. OpenMP is not linked: the kernels use the runtime that torch loads, so that there is one pool of threads.

@@ -52,7 +52,9 @@ class Ours:
     def __init__(self, files: Files, tokens: int, threads: int, cache: CacheKind = "bfloat16") -> None:
         self.config, self.file = files.config, files.packed
         library, self.model = files.open_packed(threads)
-        self.network = NativeNetwork(library, self.model, threads=threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache)
+        self.network = NativeNetwork(
+            library, self.model, threads=threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache
+        )
         self.cache = self.network.new_cache(-(-tokens // PAGE) + 1)
         self.rng = np.random.default_rng(0)
 
@@ -74,10 +76,10 @@ class Ours:
         rows.random_(0, 256)
         begin = 0
         for width in parts:
-            values = -(-width // 4) * 4
+            values = (width + 3) // 4 * 4
             scale = torch.tensor([width**0.5 / 31000]).view(torch.uint8)
             rows[:, begin + values : begin + values + 4] = scale
-            end = begin + values + 4 + -(-(-(-width // 32)) // 4) * 4
+            end = begin + values + 4 + (width + 127) // 128 * 4
             rows[:, begin + values + 4 : end] = 3
             begin = end
         assert begin == rows.shape[-1]

@@ -14,6 +14,7 @@ import pytest
 from glasklar.audit.findings import Findings
 from glasklar.audit.receipt import check_answer, find_by_root, sampling, verify_receipt
 from glasklar.audit.verify import verify
+from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.engine import Engine
 from glasklar.engine.native_runner import computed_by
 from glasklar.engine.request import Completion, SamplingParams
@@ -244,7 +245,7 @@ def test_tokens_are_whole_numbers(signed: dict[str, Any], home: Path, facts: dic
 @pytest.mark.parametrize(
     ("machine", "verdict"),
     [({"threads": 10**9}, "fails"), ({"threads": True}, "fails"), ({"compute": "int1"}, "fails"),
-     ({"device": "cuda"}, "unchecked")],
+     ({"cache": "int9"}, "fails"), ({"cache": []}, "fails"), ({"device": "cuda"}, "unchecked")],
 )  # fmt: skip
 def test_machine_that_a_verifier_should_not_become(
     signed: dict[str, Any], home: Path, facts: dict[str, Any], tmp_path: Path, machine: dict[str, Any], verdict: str
@@ -256,13 +257,14 @@ def test_machine_that_a_verifier_should_not_become(
     assert [e.verdict for e in found.entries if e.subject == "answer"] == [verdict], found
 
 
+@pytest.mark.parametrize("cache", [None, "int8"])
 def test_answers_of_packed_weights_are_packed_again(
-    smoke_run: Path, home: Path, runtime: Runtime, facts: dict[str, Any], tmp_path: Path
+    smoke_run: Path, home: Path, runtime: Runtime, facts: dict[str, Any], tmp_path: Path, cache: CacheKind | None
 ) -> None:
     packed = load(smoke_run / "model", runtime, quantize="int8")
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=3)
-    [answer] = Engine(packed.network).generate([[1, 2, 3]], params)
-    engine = engine_identity({**runtime.describe(), **computed_by(packed.network)})
+    [answer] = Engine(packed.network, cache=cache).generate([[1, 2, 3]], params)
+    engine = engine_identity({**runtime.describe(), **computed_by(packed.network, cache)})
     path = tmp_path / "answer.json"
     path.write_text(json.dumps(receipt(home, {**facts, "engine": engine}, [1, 2, 3], params, answer)))
     found = verify(path, home=home)

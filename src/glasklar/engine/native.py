@@ -20,8 +20,8 @@ LATENT_EPS = 1e-6  # the norms within MLA have one of their own
 class NativeNetwork:
     """One network ready for passes of up to `max_tokens` tokens over `pages` cache pages of `page` tokens.
 
-    cache   what it holds: "bfloat16"; "int8", with a scale for a row and a shift for 32 values, half as large; "float32",
-            then attention is computed in it as well, for exact comparisons
+    cache   what it holds: "bfloat16"; "int8", with a scale for a row and a shift for 32 values, half as large;
+            "float32", then attention is computed in it as well, for exact comparisons
     """
 
     def __init__(

@@ -120,7 +120,8 @@ class NativeRunner:
     def _layout(self) -> str:
         """What determines the bytes of a cache page beside the weights themselves."""
         kinds = sorted({matrix.kind for layer in self.network.model.layers for matrix in layer.matrices.values()})
-        return f"engine {library.VERSION} kinds {kinds} cache {self.network.cache_kind} page {PAGE} {self.config.model_dump_json()}"
+        form = f"engine {library.VERSION} kinds {kinds} cache {self.network.cache_kind} page {PAGE}"
+        return f"{form} {self.config.model_dump_json()}"
 
     def _network(self) -> NativeNetwork:
         compiled = library.best()

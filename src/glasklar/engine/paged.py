@@ -45,8 +45,8 @@ class PageRoom:
 
 
 def new_pages(layers: int, pages: int, page: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros [layers, pages, page, width]. The system gives the memory bit by bit when it is first met (numpy's zeros; those
-    of torch would be written now). Rows do not begin within a line of the CPU's caches: reading across two costs twice.
+    """Zeros [layers, pages, page, width]. The system gives the memory bit by bit when it is first met (numpy's zeros;
+    those of torch would be written now). It begins at a line of the CPU's caches: reads across two cost twice.
 
     Raises MemoryError.
     """
