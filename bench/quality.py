@@ -42,6 +42,7 @@ from torch import Tensor  # noqa: E402
 
 from glasklar.convert.gguf_tensors import entries  # noqa: E402
 from glasklar.data.procedural import Mixture, as_exchange  # noqa: E402
+from glasklar.engine.cpu.library import CacheKind  # noqa: E402
 from glasklar.engine.native import NativeNetwork  # noqa: E402
 from glasklar.engine.packed import KINDS, Packer, pack  # noqa: E402
 from glasklar.loading import find_model, load  # noqa: E402
@@ -93,7 +94,7 @@ class RealWeights:
 Weights = RandomWeights | RealWeights
 
 
-def ours(weights: Weights, kind: str) -> Logits:
+def ours(weights: Weights, kind: str, cache_kind: CacheKind = "bfloat16") -> Logits:
     """Our pass; float32: the reference."""
     packed = pack(weights.config, weights.get, Packer(compiled(), KINDS[kind], THREADS))
     net = NativeNetwork(
@@ -102,7 +103,7 @@ def ours(weights: Weights, kind: str) -> Logits:
         threads=THREADS,
         page=PAGE,
         max_tokens=LONGEST,
-        cache="float32" if kind == "float32" else "bfloat16",
+        cache="float32" if kind == "float32" else cache_kind,
     )
     cache = net.new_cache(LONGEST // PAGE)
     tables = np.arange(LONGEST // PAGE, dtype=np.int32)[None]
@@ -165,6 +166,9 @@ def rows_of(name: str, weights: Weights, texts: list[list[int]], llama: Any) -> 
     with tempfile.TemporaryDirectory(prefix="glasklar-bench-") as folder:
         for bits, peer in PEERS.items():
             yield compare(name, "glasklar", bits, ours(weights, bits), wanted, texts)
+            if bits != "int8":
+                small = ours(weights, bits, "int8")
+                yield compare(name, "glasklar, cache int8", bits, small, wanted, texts)
             if llama is not None:
                 yield compare(
                     name, f"llama.cpp {peer}", bits, theirs(llama, weights, bits, Path(folder)), wanted, texts

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <deque>
 #include <random>
+#include <tuple>
 
 #define CHECK(what) \
     if (!(what)) std::printf("%s:%d: %s\n", __FILE__, __LINE__, #what), std::exit(1)
@@ -63,6 +64,100 @@ void products() {
                         for (int i = 0; i < inputs; ++i) exact += double(x[r * width + i]) * seen[o * inputs + i], size += std::fabs(x[r * width + i] * seen[o * inputs + i]);
                         CHECK(std::fabs(y[r * columns + o] - exact) < 0.02 * size);
                     }
+            }
+}
+
+// What a part of a cached row holds of `v`: bf16 rounds, int8 is wrong by half a step of its group at most.
+std::vector<double> kept(const std::vector<float>& v, const bf16* row) {
+    std::vector<double> found;
+    for (size_t i = 0; i < v.size(); ++i) {
+        CHECK(row[i].bits == narrow(v[i]).bits);
+        found.push_back(value(row[i]));
+    }
+    return found;
+}
+std::vector<double> kept(const std::vector<float>& v, const Small* row) {
+    std::vector<double> found;
+    const Small* after = row + round_up(int(v.size()), 4);
+    float scale, top = 0;
+    std::memcpy(&scale, after, 4);
+    for (size_t i = 0; i < v.size(); ++i) {
+        if (i % 32 == 0) {
+            top = 0;
+            for (size_t k = i; k < std::min(i + 32, v.size()); ++k) top = std::max(top, std::fabs(v[k]));
+        }
+        const double step = double(scale) * (1 << after[4 + i / 32].bits);
+        found.push_back(row[i].bits * step);
+        CHECK(std::fabs(found[i] - v[i]) < 0.501 * step && (step < top / 63 || after[4 + i / 32].bits == 0));
+    }
+    return found;
+}
+
+// Attention of a block of heads over keys [from, to) of one span, against sums in double over what the cache holds; returns the
+// error of the results, relative to their size. One column stands out, as columns of real caches do.
+template <class T, int H>
+double attention_error(const Widths& widths, int heads, int from, int to, float sharp) {
+    const int group = part_size<T>(widths.key) + (widths.within() ? 0 : part_size<T>(widths.value));
+    std::vector<T> cache(SPAN * group);
+    std::vector<std::vector<double>> keys, values;
+    const T* rows[SPAN];
+    for (int s = 0; s < SPAN; ++s) {
+        T* row = cache.data() + s * group;
+        rows[s] = row;
+        std::vector<float> key = numbers(widths.key), value = widths.within() ? key : numbers(widths.value);
+        key[widths.key / 2] *= 20;
+        if (widths.within()) value = key;
+        store_part(key.data(), widths.key, row);
+        if (!widths.within()) store_part(value.data(), widths.value, row + widths.value_at);
+        keys.push_back(kept(key, row)), values.push_back(kept(value, row + widths.value_at));
+    }
+    std::vector<float> queries = numbers(int64_t(heads) * widths.key, sharp / std::sqrt(float(widths.key)));
+    for (int h = 0; h < heads; ++h) queries[h * widths.key + widths.key / 2] /= 20;
+    FixedSpan span;
+    span.reserve(widths);
+    std::vector<Line> lines(FixedSpan::query_lines(widths));
+    std::vector<Floats> scores(SPAN * HEADS / LANES);
+    float scales[LANES];
+    const int width = round_up(widths.value, 32);
+    std::vector<float> found(HEADS * width);
+    Mixed out{{}, {}, found.data(), width};
+    span.template take_queries<H>(queries.data(), heads, lines.data(), scales);
+    for (int a = from; a < to; a = a / LANES * LANES + LANES) {
+        const int b = std::min(to, a / LANES * LANES + LANES);
+        span.take(rows, a, b, to);
+        span.template score<H>(lines.data(), scales, a, b, 1.0f, scores.data());
+    }
+    span.template mix<H>(scores.data(), from, to, out);
+    double error = 0, size = 0;
+    for (int h = 0; h < heads; ++h) {
+        std::vector<double> weights, exact(widths.value);
+        double top = -1e300, total = 0;
+        for (int s = from; s < to; ++s) {
+            double score = 0;
+            for (int k = 0; k < widths.key; ++k) score += double(queries[h * widths.key + k]) * keys[s][k];
+            weights.push_back(score), top = std::max(top, score);
+        }
+        for (double& w : weights) total += w = std::exp(w - top);
+        for (int s = from; s < to; ++s)
+            for (int c = 0; c < widths.value; ++c) exact[c] += weights[s - from] / total * values[s][c];
+        for (int c = 0; c < widths.value; ++c) {
+            error += std::pow(found[h * width + c] / out.total[h] - exact[c], 2), size += exact[c] * exact[c];
+        }
+    }
+    return std::sqrt(error / size);
+}
+
+template <class T>
+void attention(double most) {
+    for (auto [key, value, within] : {std::tuple{576, 512, true}, {80, 64, true}, {49, 33, true}, {128, 128, false}, {24, 20, false}, {7, 3, false}})
+        for (auto [from, to] : {std::pair{0, 256}, {0, 1}, {37, 112}, {255, 256}, {3, 250}})
+            for (float sharp : {0.1f, 1.0f, 6.0f}) {
+                const Widths widths{key, value, within ? 0 : part_size<T>(key)};
+                CHECK((attention_error<T, 8>(widths, 8, from, to, sharp) < most));
+                CHECK((attention_error<T, 8>(widths, 5, from, to, sharp) < most));
+                CHECK((attention_error<T, 4>(widths, 3, from, to, sharp) < most));
+                CHECK((attention_error<T, 2>(widths, 2, from, to, sharp) < most));
+                CHECK((attention_error<T, 1>(widths, 1, from, to, sharp) < most));
             }
 }
 
@@ -193,6 +288,8 @@ void digests() {
 int main() {
     digests();
     products();
+    attention<bf16>(0.02);
+    attention<Small>(0.02);
     passes();
     std::puts("sound");
 }
