@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import lm_eval.models  # noqa: F401  lm-eval registers its own models only while it knows none
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
