@@ -123,10 +123,10 @@ def test_float_logits_are_those_of_the_network(shape: str) -> None:
 
 
 @pytest.mark.parametrize(("cache", "most"), [("bfloat16", 0.007), ("int8", 0.03)])
-@pytest.mark.parametrize("shape", ["one MLA layer", "gqa", "norms, windows"])
+@pytest.mark.parametrize("shape", ["dense mla", "gqa", "norms, windows"])
 def test_smaller_caches_change_logits_little(shape: str, cache: CacheKind, most: float) -> None:
     """Of dense networks: near ties of a router would hide what the cache does."""
-    model = network("mla", first_k_dense_replace=9, q_lora_rank=36) if shape == "one MLA layer" else network(shape)
+    model = network("mla", first_k_dense_replace=9, q_lora_rank=36) if shape == "dense mla" else network(shape)
     sizes = []
     for wanted, found in zip(
         *(logits_of(native(model, BUILDS[0], cache=kind), prompts(model), 512) for kind in ("float32", cache)),
