@@ -15,6 +15,7 @@ from random_model import Files
 from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, PackedMatrix
+from glasklar.runtime import cores
 
 PAGE, PASS_TOKENS, Q8_0 = 16, 512, 8
 
@@ -53,7 +54,7 @@ class Ours:
         self.config, self.file = files.config, files.packed
         library, self.model = files.open_packed(threads)
         self.network = NativeNetwork(
-            library, self.model, threads=threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache
+            library, self.model, threads=threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache, cores=cores(threads)
         )
         self.cache = self.network.new_cache(-(-tokens // PAGE) + 1)
         self.rng = np.random.default_rng(0)

@@ -81,6 +81,21 @@ def start(threads: int, device: Device | None = None, compute: Precision = "bf16
     return Runtime(device=device, compute=compute, threads=threads)
 
 
+def cores(threads: int) -> list[int]:
+    """A CPU for each of `threads` threads to stay on while it works: where they are as many as this process may use. None
+    where there is a choice, which the system makes better, where it does not tell, and with GLASKLAR_PIN=0.
+
+    Raises RecipeError where GLASKLAR_PIN says anything else than 0 or 1.
+    """
+    wanted = os.environ.get("GLASKLAR_PIN", "1")
+    if wanted not in ("0", "1"):
+        raise RecipeError(f"GLASKLAR_PIN = {wanted!r}: 1 keeps threads on a CPU each, 0 does not")
+    if wanted == "0" or not hasattr(os, "sched_getaffinity"):
+        return []
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed if 1 < len(allowed) == threads else []
+
+
 def resident_bytes(pid: int) -> int | None:
     """Memory that a process has in RAM; None where the system does not tell (no /proc)."""
     try:

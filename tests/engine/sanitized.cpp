@@ -212,7 +212,7 @@ struct Model {
 std::vector<std::vector<float>> logits(Model& model, const std::vector<int>& lengths, int first_id, int chunk, int threads) {
     const Shape& s = model.shape;
     const Embedding embedding{model.table.data(), 0};
-    Network* network = glasklar_network(&s, model.layers.data(), &embedding, model.final_norm, &model.head, &model.draft, threads);
+    Network* network = glasklar_network(&s, model.layers.data(), &embedding, model.final_norm, &model.head, &model.draft, threads, nullptr);
     const int pages = 24, most = pages * s.page;
     const int64_t stride = int64_t(lengths.size()) * most * glasklar_row_bytes(network);
     std::vector<uint8_t> cache(stride * s.layers), draft_cache(stride);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,7 +74,12 @@ def network(shape: str, **more: int) -> Transformer:
 
 
 def native(
-    model: Transformer, build: str, kind: str = "float32", threads: int = 2, cache: CacheKind | None = None
+    model: Transformer,
+    build: str,
+    kind: str = "float32",
+    threads: int = 2,
+    cache: CacheKind | None = None,
+    cores: Sequence[int] = (),
 ) -> NativeNetwork:
     compiled = library.load(build)
     assert compiled is not None
@@ -85,6 +91,7 @@ def native(
         threads=threads,
         max_tokens=512,
         cache=cache or ("float32" if kind == "float32" else "bfloat16"),
+        cores=cores,
     )
 
 
@@ -150,6 +157,20 @@ def test_same_bits_alone_in_company_in_any_chunks_threads_and_builds(
             for chunk in (1, 7) if build == BUILDS[0] else (64,):
                 [alone] = logits_of(net, [prompt], chunk)
                 assert np.array_equal(alone, wanted), (build, chunk, len(prompt))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not tell where threads run")
+def test_threads_stay_on_their_cores_and_the_caller_is_let_go() -> None:
+    model, allowed = network("mla"), os.sched_getaffinity(0)
+    core = max(allowed)
+    before = set(os.listdir("/proc/self/task"))
+    kept = native(model, BUILDS[0], cores=[core, core])
+    own = set(os.listdir("/proc/self/task")) - before
+    found = logits_of(kept, prompts(model), 64)
+    assert [os.sched_getaffinity(int(thread)) for thread in own] == [{core}]
+    assert os.sched_getaffinity(0) == allowed
+    for logits, wanted in zip(found, logits_of(native(model, BUILDS[0]), prompts(model), 64), strict=True):
+        assert np.array_equal(logits, wanted)
 
 
 def test_a_long_context_has_the_same_bits_however_its_spans_are_shared_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ class NativeNetwork:
 
     cache   what it holds: "bfloat16"; "int8", with a scale for a row and a shift for 32 values, half as large;
             "float32", then attention is computed in it as well, for exact comparisons
+    cores   a CPU for each thread to stay on (`runtime.cores`), or none
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class NativeNetwork:
         page: int = 16,
         max_tokens: int = 512,
         cache: CacheKind = "bfloat16",
+        cores: Sequence[int] = (),
     ) -> None:
         c = model.config
+        assert len(cores) in (0, threads), "a CPU for each thread, or none"
         self.library, self.model, self.config = library, model, c
         self.page, self.max_tokens = page, max_tokens
         self.cache_kind = cache
@@ -59,6 +63,7 @@ class NativeNetwork:
         self._handle = library.glasklar_network(
             ctypes.byref(shape), layers, ctypes.byref(embedding), model.final_norm.data_ptr(),
             ctypes.byref(model.head.struct()), draft, threads,
+            (ctypes.c_int32 * threads)(*cores) if cores else None,
         )  # fmt: skip
         self.cache_width = library.glasklar_row_bytes(self._handle) // self.cache_dtype.itemsize
         self.vocabulary = c.vocab_size

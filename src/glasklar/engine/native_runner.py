@@ -21,6 +21,7 @@ from glasklar.engine.spill import Spill, SpillConfig
 from glasklar.errors import RequestError
 from glasklar.model.config import ModelConfig
 from glasklar.model.transformer import Transformer
+from glasklar.runtime import cores
 
 # Tokens of one pass: bounds the buffers of the pass.
 PASS_TOKENS = 512
@@ -133,7 +134,10 @@ class NativeRunner:
             packer = Packer(compiled, KINDS[self.quantise or dtype], self.threads)
             model = pack(model.config, parameters.__getitem__, packer, draft=self.draft_wanted)
         cache = self.cache_kind or ("float32" if model.precision == "float32" else "bfloat16")
-        return NativeNetwork(compiled, model, threads=self.threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache)
+        return NativeNetwork(
+            compiled, model, threads=self.threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache,
+            cores=cores(self.threads),
+        )  # fmt: skip
 
     def fill(
         self, prompt: Sequence[int], row: int, temperature: NDArray[np.float64], uniform: NDArray[np.float64]

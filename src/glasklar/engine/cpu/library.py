@@ -86,13 +86,13 @@ class Pass(Struct):
     ]  # fmt: skip
 
 
-VERSION = 3  # of network.cpp
+VERSION = 4  # of network.cpp
 SIZES = [ctypes.sizeof(struct) for struct in (Matrix, Embedding, Shape, Layer, Draft, Pass)]
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glasklar_tier": (i32, []),
     "glasklar_layout": (None, [p]),
-    "glasklar_network": (p, [p, p, p, p, p, p, i32]),
+    "glasklar_network": (p, [p, p, p, p, p, p, i32, p]),
     "glasklar_free": (None, [p]),
     "glasklar_pass": (None, [p, p]),
     "glasklar_row_bytes": (i32, [p]),

@@ -6,8 +6,8 @@
 namespace glasklar {
 
 Network::Network(const Shape& shape, const Layer* layers, const Embedding& embedding, const float* final_norm, const Matrix& head, const Draft* draft,
-                 int threads)
-    : shape_(shape), layers_(layers, layers + shape.layers + (draft ? 1 : 0)), embedding_(embedding), head_(head), final_norm_(final_norm), pool_(threads) {
+                 int threads, const int32_t* cores)
+    : shape_(shape), layers_(layers, layers + shape.layers + (draft ? 1 : 0)), embedding_(embedding), head_(head), final_norm_(final_norm), pool_(threads, cores ? std::vector<int>(cores, cores + threads) : std::vector<int>()) {
     const int64_t T = shape.max_tokens, H = shape.heads;
     padded_ = round_up(shape.width, GROUP);
     int hidden = 0, expert_hidden = 0;
@@ -602,15 +602,16 @@ EXPORT int glasklar_tier() {
 #else
 #define BUILT_FOR 0
 #endif
-constexpr int32_t VERSION = 3;
+constexpr int32_t VERSION = 4;
 EXPORT void glasklar_layout(int32_t* layout) {
     const int32_t found[] = {VERSION, BUILT_FOR, sizeof(Matrix), sizeof(Embedding), sizeof(Shape), sizeof(Layer), sizeof(Draft), sizeof(Pass)};
     std::memcpy(layout, found, sizeof found);
 }
 
+// `cores`: where each thread runs, or null.
 EXPORT Network* glasklar_network(const Shape* shape, const Layer* layers, const Embedding* embedding, const float* final_norm, const Matrix* head,
-                                 const Draft* draft, int threads) {
-    return new Network(*shape, layers, *embedding, final_norm, *head, draft, threads);
+                                 const Draft* draft, int threads, const int32_t* cores) {
+    return new Network(*shape, layers, *embedding, final_norm, *head, draft, threads, cores);
 }
 EXPORT void glasklar_free(Network* network) { delete network; }
 EXPORT void glasklar_pass(Network* network, const Pass* pass) { network->run(*pass); }

@@ -100,7 +100,7 @@ class Network {
    public:
     // With a draft module its block follows the other layers.
     Network(const Shape& shape, const Layer* layers, const Embedding& embedding, const float* final_norm, const Matrix& head, const Draft* draft,
-            int threads);
+            int threads, const int32_t* cores);
     void run(const Pass& pass);
     int row_bytes() const {
         return shape_.cache == INT8_CACHE ? row_size<Small>() : shape_.cache == FLOAT_CACHE ? 4 * row_size<float>() : 2 * row_size<bf16>();

@@ -2,10 +2,13 @@
 // chunks that the threads take as they come. A phase ends when all its chunks are done, not when all threads have arrived: a
 // thread that the system has taken off its core holds nobody up, it finds the phases done and hurries after.
 //
-// Waiting spins for a bounded time, then yields, then sleeps.
+// Waiting spins for a bounded time, then yields, then sleeps. Beside another busy process a thread loses its core in the midst of
+// a chunk, and the phase waits for it: so each thread stays on a core of its own (else the system may leave the other process one
+// for itself), and rests between chunks where it shares that core.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <memory>
@@ -15,6 +18,10 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sched.h>
+#include <sys/resource.h>
 #endif
 
 namespace glasklar {
@@ -42,6 +49,69 @@ inline void wait_until(Ready ready, Sleep sleep) {
     }
     while (!ready()) sleep();
 }
+
+// Says when a thread should rest: while something else wants its core, after a part of the time that the system gives it. The
+// other then has its turn while no chunk is held.
+class Manners {
+    typedef std::chrono::steady_clock Clock;
+
+   public:
+    // Asked after each chunk.
+    bool rest_is_due() {
+#if defined(__linux__)
+        const auto now = Clock::now();
+        const auto since = now - looked_;
+        if (since < std::chrono::microseconds(200)) return false;
+        looked_ = now;
+        rusage used;
+        getrusage(RUSAGE_THREAD, &used);
+        if (used.ru_nivcsw != taken_) {  // the core was taken away; for more than a moment?
+            taken_ = used.ru_nivcsw, begun_ = now;
+            if (since > std::chrono::milliseconds(1)) shared_until_ = now + std::chrono::milliseconds(100);
+        }
+        return now < shared_until_ && now - begun_ > std::chrono::milliseconds(1);
+#else
+        return false;
+#endif
+    }
+    void rest() {
+        std::this_thread::sleep_for(std::chrono::microseconds(50));  // others' turns are longer, and are not cut short
+        begun_ = looked_ = Clock::now();
+    }
+
+   private:
+    Clock::time_point looked_{}, begun_{}, shared_until_{};
+    long taken_ = 0;
+};
+
+// Keeps this thread on a core while it lives.
+class OnCore {
+   public:
+    explicit OnCore(int core) {
+#if defined(__linux__)
+        held_ = core >= 0 && core < CPU_SETSIZE && sched_getaffinity(0, sizeof before_, &before_) == 0;
+        if (!held_) return;
+        cpu_set_t only;
+        CPU_ZERO(&only);
+        CPU_SET(core, &only);
+        sched_setaffinity(0, sizeof only, &only);  // a core that was taken from the process in the meantime: anywhere, then
+#else
+        (void)core;
+#endif
+    }
+    ~OnCore() {
+#if defined(__linux__)
+        if (held_) sched_setaffinity(0, sizeof before_, &before_);
+#endif
+    }
+    OnCore(const OnCore&) = delete;
+
+   private:
+#if defined(__linux__)
+    cpu_set_t before_;
+    bool held_ = false;
+#endif
+};
 
 struct alignas(64) Phase {
     std::atomic<int> total{-1}, next{0}, done{0};
@@ -71,8 +141,14 @@ class Worker {
             int counted = count(), unset = -1;
             total = phase.total.compare_exchange_strong(unset, counted) ? counted : unset;
         }
+        static thread_local Manners manners;
         int mine = 0;
-        for (int i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < total; ++mine) work(i);
+        for (int i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+            work(i), ++mine;
+            if (!manners.rest_is_due()) continue;
+            phase.done.fetch_add(mine, std::memory_order_release), mine = 0;
+            manners.rest();
+        }
         if (mine) phase.done.fetch_add(mine, std::memory_order_release);
         wait_until([&] { return phase.done.load(std::memory_order_acquire) >= total; },
                    [] { std::this_thread::sleep_for(std::chrono::microseconds(50)); });
@@ -91,8 +167,12 @@ class Worker {
 
 class Pool {
    public:
-    explicit Pool(int threads) {
-        for (int i = 1; i < threads; ++i) threads_.emplace_back([this, i] { serve(i); });
+    // `cores`: one for each thread, or none.
+    explicit Pool(int threads, std::vector<int> cores) : cores_(std::move(cores)) {
+        for (int i = 1; i < threads; ++i) threads_.emplace_back([this, i] {
+            OnCore here(core_of(i));
+            serve(i);
+        });
     }
     ~Pool() {
         {
@@ -109,7 +189,9 @@ class Pool {
     void run(int phases, bool alone, std::function<void(Worker&)> body) {
         Job& job = free_job(phases);
         job.body = std::move(body);
-        if (!alone && !threads_.empty()) {
+        const bool together = !alone && !threads_.empty();
+        OnCore here(together ? core_of(0) : -1);
+        if (together) {
             job.gate.store(Job::OPEN);
             current_.store(&job);
             {
@@ -124,6 +206,8 @@ class Pool {
     }
 
    private:
+    int core_of(int thread) const { return cores_.empty() ? -1 : cores_[thread]; }
+
     // A job that no straggler is still inside of.
     Job& free_job(int phases) {
         for (auto& job : jobs_)
@@ -166,6 +250,7 @@ class Pool {
         }
     }
 
+    std::vector<int> cores_;
     std::vector<std::thread> threads_;
     std::vector<std::unique_ptr<Job>> jobs_;
     std::atomic<Job*> current_{nullptr};

@@ -1,0 +1,37 @@
+"""What is decided of the machine."""
+
+import os
+
+import pytest
+
+from glasklar import runtime
+from glasklar.errors import RecipeError
+
+
+def allow(monkeypatch: pytest.MonkeyPatch, cores: set[int]) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
+
+
+def test_threads_are_given_cores_where_there_is_nothing_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLASKLAR_PIN", raising=False)
+    allow(monkeypatch, {7, 2, 5})
+    assert runtime.cores(3) == [2, 5, 7]
+    assert runtime.cores(2) == runtime.cores(4) == []
+    allow(monkeypatch, {4})
+    assert runtime.cores(1) == []
+
+
+def test_the_system_places_threads_if_told_to_or_if_it_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    allow(monkeypatch, {0, 1})
+    monkeypatch.setenv("GLASKLAR_PIN", "0")
+    assert runtime.cores(2) == []
+    monkeypatch.setenv("GLASKLAR_PIN", "1")
+    assert runtime.cores(2) == [0, 1]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert runtime.cores(2) == []
+
+
+def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLASKLAR_PIN", "yes")
+    with pytest.raises(RecipeError, match="GLASKLAR_PIN = 'yes': 1 keeps"):
+        runtime.cores(2)
