@@ -233,7 +233,7 @@ def rows_of(
         for figure in (f for f in figures if f.rows == rows):
             mine, theirs, ratio, share = measure(ours, peers, figure, rounds)
             limit = share if figure.rows == 1 and shape != "spark" else None
-            kept = bits if arguments.cache == "bfloat16" else f"{bits}, cache {arguments.cache}"
+            kept = bits if arguments.cache == "int16" else f"{bits}, cache {arguments.cache}"
             row = Row(shape, kept, figure.name, mine, theirs, ratio, figure.floor, figure.goal, limit)
             row.transformers = scale.get(figure.name)
             yield row
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--peer", type=Path, help="folder that llama-cpp-python was installed into")
     parser.add_argument("--keep", type=Path, help="folder for the models' files, which stay there")
-    parser.add_argument("--cache", choices=["bfloat16", "int8"], default="bfloat16", help="the peer's: fp16, or Q8_0")
+    parser.add_argument("--cache", choices=["int16", "int8"], default="int16", help="the peer's: fp16, or Q8_0")
     parser.add_argument("--transformers", action="store_true", help="with the speed of transformers, for scale")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -94,7 +94,7 @@ class RealWeights:
 Weights = RandomWeights | RealWeights
 
 
-def ours(weights: Weights, kind: str, cache_kind: CacheKind = "bfloat16") -> Logits:
+def ours(weights: Weights, kind: str, cache_kind: CacheKind = "int16") -> Logits:
     """Our pass; float32: the reference."""
     packed = pack(weights.config, weights.get, Packer(compiled(), KINDS[kind], THREADS))
     net = NativeNetwork(

@@ -50,7 +50,7 @@ def open_llama(folder: Path | None) -> Any:
 class Ours:
     """The pass of our engine over packed weights."""
 
-    def __init__(self, files: Files, tokens: int, threads: int, cache: CacheKind = "bfloat16") -> None:
+    def __init__(self, files: Files, tokens: int, threads: int, cache: CacheKind = "int16") -> None:
         self.config, self.file = files.config, files.packed
         library, self.model = files.open_packed(threads)
         self.network = NativeNetwork(
@@ -62,21 +62,37 @@ class Ours:
     def fill(self) -> None:
         """Something to attend to, for figures after a context, and the file in the system's cache: the peer holds its
         weights in memory."""
-        if self.network.cache_kind == "int8":
-            self._fill_int8()
-        else:
-            self.cache.normal_()
+        self._fill_int8() if self.network.cache_kind == "int8" else self._fill_int16()
         with self.file.open("rb") as file:
             while file.read(1 << 24):
                 pass
 
+    def _fill_int16(self) -> None:
+        """The same as integers, in whose lowest bits the scale lies."""
+        rows = self.cache.view(-1, self.cache.shape[-1])
+        deviation = 28000 / self._parts[0] ** 0.5
+        scale = int(np.float32(1 / deviation).view(np.uint32))
+        bits = torch.tensor([scale >> i & 1 for i in range(32)], dtype=torch.int16)
+        for some in rows.split(1 << 16):
+            some.copy_((torch.randn(some.shape) * deviation).clamp(-32000, 32000))
+            begin = 0
+            for width in self._parts:
+                some[:, begin : begin + 32] = some[:, begin : begin + 32] & -2 | bits
+                begin += (width + 31) // 32 * 32
+            assert begin == some.shape[-1]
+
+    @property
+    def _parts(self) -> list[int]:
+        """Values of the parts of a row."""
+        c = self.config
+        return [c.kv_lora_rank + c.rope_dim] if c.kv_lora_rank else [c.qk_head_dim, c.value_head_dim] * c.kv_heads
+
     def _fill_int8(self) -> None:
         """Values of the size of normal ones in rows as `store_part` lays them out: values, a scale, shifts."""
-        c, rows = self.config, self.cache.view(-1, self.cache.shape[-1])
-        parts = [c.kv_lora_rank + c.rope_dim] if c.kv_lora_rank else [c.qk_head_dim, c.value_head_dim] * c.kv_heads
+        rows = self.cache.view(-1, self.cache.shape[-1])
         rows.random_(0, 256)
         begin = 0
-        for width in parts:
+        for width in self._parts:
             values = (width + 3) // 4 * 4
             scale = torch.tensor([width**0.5 / 31000]).view(torch.uint8)
             rows[:, begin + values : begin + values + 4] = scale
@@ -145,7 +161,7 @@ class Peer:
     """llama.cpp through its C interface: a context."""
 
     def __init__(
-        self, weights: PeerWeights, tokens: int, rows: int, flash: int, threads: int, cache: CacheKind = "bfloat16"
+        self, weights: PeerWeights, tokens: int, rows: int, flash: int, threads: int, cache: CacheKind = "int16"
     ) -> None:
         llama = self.llama = weights.llama
         self.config, self.model = weights.config, weights.model

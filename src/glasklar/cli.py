@@ -128,7 +128,7 @@ def serve(
         int, typer.Option(min=0, metavar="GB", help="Disk for what finds no room in the cache, kept for the next start")
     ] = 0,
     cache_type: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Of the cache in memory: bfloat16, or int8 in half the memory")
+        str | None, typer.Option(metavar="KIND", help="Of the cache in memory: int16, or int8 in half the memory")
     ] = None,
     dtype: DType = None,
     quantize: Quantize = None,

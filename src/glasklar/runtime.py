@@ -82,8 +82,8 @@ def start(threads: int, device: Device | None = None, compute: Precision = "bf16
 
 
 def cores(threads: int) -> list[int]:
-    """A CPU for each of `threads` threads to stay on while it works: where they are as many as this process may use. None
-    where there is a choice, which the system makes better, where it does not tell, and with GLASKLAR_PIN=0.
+    """A CPU for each of `threads` threads to stay on while it works: where they are as many as this process may use.
+    None where there is a choice, which the system makes better, where it does not tell, and with GLASKLAR_PIN=0.
 
     Raises RecipeError where GLASKLAR_PIN says anything else than 0 or 1.
     """

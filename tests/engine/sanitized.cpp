@@ -67,12 +67,17 @@ void products() {
             }
 }
 
-// What a part of a cached row holds of `v`: bf16 rounds, int8 is wrong by half a step of its group at most.
-std::vector<double> kept(const std::vector<float>& v, const bf16* row) {
+// What a part of a cached row holds of `v`: 16-bit integers are wrong by half a step at most, and by one where they hold a bit of the
+// scale; int8 by half a step of its group.
+std::vector<double> kept(const std::vector<float>& v, const Short* row) {
     std::vector<double> found;
+    const double scale = scale_of(row);
+    double length = 0;
+    for (float x : v) length += double(x) * x;
+    CHECK(std::fabs(scale * REACH / std::sqrt(length) - 1) < 1e-5);
     for (size_t i = 0; i < v.size(); ++i) {
-        CHECK(row[i].bits == narrow(v[i]).bits);
-        found.push_back(value(row[i]));
+        found.push_back(row[i].bits * scale);
+        CHECK(std::fabs(found[i] - v[i]) < (i < 32 ? 1.51 : 0.51) * scale);
     }
     return found;
 }
@@ -124,7 +129,7 @@ double attention_error(const Widths& widths, int heads, int from, int to, float 
     span.template take_queries<H>(queries.data(), heads, lines.data(), scales);
     for (int a = from; a < to; a = a / LANES * LANES + LANES) {
         const int b = std::min(to, a / LANES * LANES + LANES);
-        span.take(rows, a, b, to);
+        span.take(rows, a, b, to, 1);
         span.template score<H>(lines.data(), scales, a, b, 1.0f, scores.data());
     }
     span.template mix<H>(scores.data(), from, to, out);
@@ -152,7 +157,8 @@ void attention(double most) {
     for (auto [key, value, within] : {std::tuple{576, 512, true}, {80, 64, true}, {49, 33, true}, {128, 128, false}, {24, 20, false}, {7, 3, false}})
         for (auto [from, to] : {std::pair{0, 256}, {0, 1}, {37, 112}, {255, 256}, {3, 250}})
             for (float sharp : {0.1f, 1.0f, 6.0f}) {
-                const Widths widths{key, value, within ? 0 : part_size<T>(key)};
+                const int at = within ? 0 : part_size<T>(key);
+                const Widths widths{key, value, at, part_size<T>(key) + (within ? 0 : part_size<T>(value))};
                 CHECK((attention_error<T, 8>(widths, 8, from, to, sharp) < most));
                 CHECK((attention_error<T, 8>(widths, 5, from, to, sharp) < most));
                 CHECK((attention_error<T, 4>(widths, 3, from, to, sharp) < most));
@@ -257,7 +263,7 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) { return a.s
 void passes() {
     for (bool latent : {true, false})
         for (int kind : {FLOAT, BF16, INT8, INT4}) {
-            Model model(latent, kind, kind == FLOAT ? FLOAT_CACHE : kind == INT4 ? INT8_CACHE : BF16_CACHE);
+            Model model(latent, kind, kind == FLOAT ? FLOAT_CACHE : kind == INT4 ? INT8_CACHE : SHORT_CACHE);
             const auto together = logits(model, {3, 300, 40}, 5, 170, 2);
             for (const auto& row : together)
                 for (float x : row) CHECK(std::isfinite(x));
@@ -288,7 +294,7 @@ void digests() {
 int main() {
     digests();
     products();
-    attention<bf16>(0.02);
+    attention<Short>(0.02);
     attention<Small>(0.02);
     passes();
     std::puts("sound");

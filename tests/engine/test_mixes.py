@@ -52,7 +52,7 @@ def packed(name: str, kind: str) -> PackedModel:
 def lonely(name: str, kind: str, cache: CacheKind | None) -> NativeNetwork:
     compiled = library.best()
     assert compiled is not None
-    cache = cache or ("float32" if kind == "float32" else "bfloat16")
+    cache = cache or ("float32" if kind == "float32" else "int16")
     return NativeNetwork(compiled, packed(name, kind), threads=1, cache=cache)
 
 

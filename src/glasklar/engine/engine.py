@@ -79,8 +79,8 @@ class Engine:
     chunk_tokens     a longer prompt is read in pieces of so many tokens, one in a step; while answers run, in pieces
                      that hold them up for half a second at most (C++ passes only)
     draft_tokens     most tokens guessed ahead for a request, while few run and it gains; 0: none (C++ passes only)
-    cache            what the cache holds of a token: "bfloat16", "float32", or "int8", which takes half the memory of
-                     bfloat16; None: what the weights are, bfloat16 if they are packed (C++ passes only)
+    cache            what the cache holds of a token: "int16", "float32", or "int8", which takes half the memory of
+                     int16; None: float32 if the weights are, else int16 (C++ passes only)
     spill            where on disk to keep beginnings of texts that memory has no room for, also for the next start
                      (C++ passes only)
     native           True: passes in C++, False: in PyTorch; None: in C++ where that is possible

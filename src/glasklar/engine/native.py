@@ -21,8 +21,10 @@ LATENT_EPS = 1e-6  # the norms within MLA have one of their own
 class NativeNetwork:
     """One network ready for passes of up to `max_tokens` tokens over `pages` cache pages of `page` tokens.
 
-    cache   what it holds: "bfloat16"; "int8", with a scale for a row and a shift for 32 values, half as large;
-            "float32", then attention is computed in it as well, for exact comparisons
+    page    tokens of a cache page, a multiple of 16
+    cache   what it holds: "int16", integers with a scale for a row, in the room of bf16; "int8", with a scale for a row
+            and a shift for 32 values, half as large; "float32", then attention is computed in it as well, for exact
+            comparisons
     cores   a CPU for each thread to stay on (`runtime.cores`), or none
     """
 
@@ -34,15 +36,16 @@ class NativeNetwork:
         threads: int,
         page: int = 16,
         max_tokens: int = 512,
-        cache: CacheKind = "bfloat16",
+        cache: CacheKind = "int16",
         cores: Sequence[int] = (),
     ) -> None:
         c = model.config
+        assert page % 16 == 0, "rows are read in sixteens"
         assert len(cores) in (0, threads), "a CPU for each thread, or none"
         self.library, self.model, self.config = library, model, c
         self.page, self.max_tokens = page, max_tokens
         self.cache_kind = cache
-        self.cache_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.uint8}[cache]
+        self.cache_dtype = {"int16": torch.int16, "float32": torch.float32, "int8": torch.uint8}[cache]
         shape = Shape(
             layers=c.num_hidden_layers, width=c.hidden_size, heads=c.num_attention_heads, kv_heads=c.kv_heads,
             latent=c.kv_lora_rank or 0, q_latent=c.q_lora_rank or 0, nope=c.qk_nope_head_dim or 0, rope=c.rope_dim,

@@ -72,7 +72,7 @@ class NativeRunner:
     """Runs a network (packed here, and again at `refresh`) or weights that are packed already.
 
     draft       with the model's module of multi-token prediction, if it has one
-    cache       what the cache holds (`NativeNetwork`); None: float32 for weights that are, else bfloat16
+    cache       what the cache holds (`NativeNetwork`); None: float32 for weights that are, else int16
     following   whether passes are followed by the module, so that it can guess; it costs about one layer more
     """
 
@@ -133,7 +133,7 @@ class NativeRunner:
             parameters = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
             packer = Packer(compiled, KINDS[self.quantise or dtype], self.threads)
             model = pack(model.config, parameters.__getitem__, packer, draft=self.draft_wanted)
-        cache = self.cache_kind or ("float32" if model.precision == "float32" else "bfloat16")
+        cache = self.cache_kind or ("float32" if model.precision == "float32" else "int16")
         return NativeNetwork(
             compiled, model, threads=self.threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache,
             cores=cores(self.threads),

@@ -3,9 +3,9 @@
 // Keys come in spans that begin at fixed positions. Each span is summed on its own and the spans are joined in order, so that
 // the result does not depend on who computes which span, nor on how the prompt was cut.
 //
-// Rows of bf16 are multiplied as 16-bit integers with a scale: sums of integers are exact and take two products a lane. A row
-// and a query have the Euclidean length REACH then, so that no sum leaves 32 bits (Cauchy and Schwarz); the rounding is finer
-// than that of bf16.
+// Rows are multiplied as 16-bit integers with a scale: sums of integers are exact and take two products a lane. A row and a query
+// have the Euclidean length REACH then, so that no sum leaves 32 bits (Cauchy and Schwarz). The cache holds the integers: as
+// many bytes as bf16 would take, and finer.
 #pragma once
 
 #include <utility>
@@ -130,72 +130,68 @@ inline void weigh(Floats* scores, int from, int to, Mixed& out) {
 
 // --- rows of 16-bit integers ------------------------------------------------------------------------------------------------
 
-// Rows, or queries: value = integer * scale.
+// Rows of a span: value = integer * scale. LANES of them lie side by side.
 struct Fixed {
-    int16_t* integers;
-    float* scales;
-    int row, step;  // from a row to the next, and from 32 values of a row to the next 32
+    const int16_t* const* blocks;
+    const float* scales;
+    int row;  // from a row to the next
 
-    const int16_t* at(int i) const { return integers + int64_t(i) * row; }
+    const int16_t* at(int i) const { return blocks[i / LANES] + i % LANES * row; }
 };
 
-// The 32 values at p as floats: those at even places, those at odd ones; zeros beyond `left`.
-inline void two(const bf16* p, int left, Floats& even, Floats& odd) {
-    Words w = part(p, left);
-    keep(w);
-    even = reinterpret_cast<Floats>(w << 16), odd = reinterpret_cast<Floats>(w & 0xffff0000u);
-}
+// Queries of H heads: [width / 32, H, 32].
+struct FixedQueries {
+    int16_t* integers;
+    float* scales;
+};
+
+// The 32 values at p: those at even places, those at odd ones; zeros beyond `left`.
 inline void two(const float* p, int left, Floats& even, Floats& odd) {
     const Floats a = reinterpret_cast<Floats>(part(p, left)), b = reinterpret_cast<Floats>(part(p + LANES, left - LANES));
     even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-// Takes rows [from, to) of LANES ones, the others have the scale 0. What is not finite ends up in the scale.
-template <class T>
-inline void take_rows(const T* const* rows, int from, int to, int width, const Fixed& out) {
-    const int whole = width / 32 * 32;
-    Floats squares[LANES] = {}, even, odd;
-    for (int i = from; i < to; ++i) {
-        Floats evens{}, odds{};
-        auto take = [&](int k, int left) {
-            two(rows[i] + k, left, even, odd);
-            evens = fma(even, even, evens), odds = fma(odd, odd, odds);
-        };
-        for (int k = 0; k < whole; k += 32) take(k, 32);
-        if (whole < width) take(whole, width - whole);
-        squares[i] = evens + odds;
+// Stores x as integers, 32 of them every `step`, zeros after the last; returns their scale, in which ends up what is not finite.
+inline float store_fixed(const float* x, int width, int16_t* to, int step) {
+    Floats evens{}, odds{}, even, odd;
+    for (int k = 0; k < width; k += 32) {
+        two(x + k, width - k, even, odd);
+        evens = fma(even, even, evens), odds = fma(odd, odd, odds);
     }
-    alignas(64) float inverses[LANES];
-    const Floats length = root(sums(squares));
-    store(out.scales, length / REACH);
-    store(inverses, length > 0.0f ? REACH / length : spread(0));
-    for (int i = from; i < to; ++i) {
-        const Floats inverse = spread(inverses[i]);
-        int16_t* at = out.integers + int64_t(i) * out.row;
-        auto take = [&](int k, int left) {
-            two(rows[i] + k, left, even, odd);
-            store(at, shorts(nearest(even, inverse), nearest(odd, inverse)));
-            at += out.step;
-        };
-        for (int k = 0; k < whole; k += 32) take(k, 32);
-        if (whole < width) take(whole, width - whole);
+    const float length = std::sqrt(sum(evens + odds));
+    const Floats inverse = spread(length > 0 ? REACH / length : 0);
+    for (int k = 0; k < width; k += 32, to += step) {
+        two(x + k, width - k, even, odd);
+        store(to, shorts(nearest(even, inverse), nearest(odd, inverse)));
     }
+    return length / REACH;
 }
 
-// Rows that will be read next: the memory is asked for some of them at a time, while there is something to compute.
+// Rows that will be read next. The memory is asked for their lines evenly while these ones are multiplied: more at a time would fill
+// the core's places for lines on their way, and what is near would wait for one as well.
 struct Ahead {
     const uint8_t* const* row;
-    int rows, bytes;
+    int rows, bytes, at, share;  // a share: lines to ask for while LANES rows meet one block of heads
 
-    void ask(int count) {
-        for (; count > 0 && rows > 0; --count, --rows, ++row)
-            for (int at = 0; at < bytes; at += 64) __builtin_prefetch(*row + at);
+    void ask(int parts) {  // one of so many of a share
+        for (int lines = (share + parts - 1) / parts; lines > 0 && rows > 0; --lines) {
+            __builtin_prefetch(*row + at);
+            if ((at += 64) >= bytes) at = 0, ++row, --rows;
+        }
     }
 };
 
-// Rows of int8, part by part (MLA: one part; else keys and values of a head): values, the scale of the row as float, and a shift
-// for each group of 32 values: value = int8 * 2^shift * scale. Shifted, they are 16-bit integers of the length that `Fixed` has.
+// A row of the cache has one part (MLA), or for each head a key and its values.
+//
+// Parts of 16-bit integers, rounded up to 32 of them. The 32 bits of their scale, a float, are the lowest ones of the first 32
+// integers: so a part takes no more than its values, and the products need not know of it.
+struct Short {
+    int16_t bits;
+};
+
+// Parts of int8: values, the scale as float, and a shift for each group of 32 values: value = int8 * 2^shift * scale. Shifted, they
+// are integers of the length that products want.
 struct Small {
     int8_t bits;
 };
@@ -204,11 +200,32 @@ constexpr float SMALL_REACH = 31000;  // leaves room for what rounding adds: 32 
 template <class T>
 inline int part_size(int width) { return width; }
 template <>
+inline int part_size<Short>(int width) { return round_up(width, 32); }
+template <>
 inline int part_size<Small>(int width) { return round_up(width, 4) + 4 + round_up((width + 31) / 32, 4); }
 
 template <class T>
 inline void store_part(const float* x, int width, T* to) {
-    for (int i = 0; i < width; ++i) put(to + i, x[i]);
+    std::copy(x, x + width, to);
+}
+template <>
+inline void store_part(const float* x, int width, Short* to) {
+    const float scale = store_fixed(x, width, &to->bits, 32);
+    uint32_t bits;
+    std::memcpy(&bits, &scale, 4);
+    for (int i = 0; i < 32; ++i) to[i].bits = int16_t((to[i].bits & ~1) | int(bits >> i & 1));
+}
+inline float scale_of(const Short* part) {
+    const Shorts first = load_as<Shorts>(part);
+    uint32_t bits = 0;
+#if defined(__AVX512BW__)
+    bits = _mm512_test_epi16_mask(reinterpret_cast<__m512i>(first), _mm512_set1_epi16(1));
+#else
+    for (int i = 0; i < 32; ++i) bits |= uint32_t(first[i] & 1) << i;
+#endif
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return scale;
 }
 template <>
 inline void store_part(const float* x, int width, Small* to) {
@@ -230,28 +247,28 @@ inline void store_part(const float* x, int width, Small* to) {
     }
 }
 
-inline void take_rows(const Small* const* rows, int from, int to, int width, const Fixed& out) {
-    std::fill(out.scales, out.scales + LANES, 0.0f);
-    for (int i = from; i < to; ++i) {
-        const Small *row = rows[i], *after = row + round_up(width, 4);
-        std::memcpy(out.scales + i, after, 4);
-        int16_t* at = out.integers + int64_t(i) * out.row;
-        int k = 0;
-        for (; k + 32 <= width; k += 32, at += out.step) store(at, shorts(load_as<Bytes>(row + k), after[4 + k / 32].bits));
-        if (k == width) continue;
+// Makes the integers of a part, returns their scale.
+inline float widen(const Small* part, int width, int16_t* to) {
+    const Small* after = part + round_up(width, 4);
+    int k = 0;
+    for (; k + 32 <= width; k += 32) store(to + k, shorts(load_as<Bytes>(part + k), after[4 + k / 32].bits));
+    if (k < width) {
         Bytes rest{};
-        std::memcpy(&rest, row + k, width - k);
-        store(at, shorts(rest, after[4 + k / 32].bits));
+        std::memcpy(&rest, part + k, width - k);
+        store(to + k, shorts(rest, after[4 + k / 32].bits));
     }
+    float scale;
+    std::memcpy(&scale, after, 4);
+    return scale;
 }
 
-// Scores of the blocks that hold keys [from, to). `queries` lie [width / 32, H, 32].
+// Scores of the blocks that hold keys [from, to). The lowest bits of a part, and what lies after its values, count for nothing.
 template <int H>
-__attribute__((noinline)) void score_fixed(const Fixed& queries, const Fixed& keys, int key_width, int from, int to, float scale, Floats* scores, Ahead& ahead) {
+__attribute__((noinline)) void score_fixed(const FixedQueries& queries, const Fixed& keys, int key_width, int from, int to, float scale, Floats* scores, Ahead& ahead) {
     constexpr int K = KEYS<H>;
     const Floats query_scale = by_head<H>(queries.scales) * scale;
     for (int i = from / K; i * K < to; ++i) {
-        ahead.ask(K);
+        ahead.ask(LANES / K);
         Ints total[LANES] = {};
         const int16_t *query = queries.integers, *key = keys.at(i * K);
         for (int k = 0; k < key_width; k += 32, key += 32) {
@@ -291,17 +308,20 @@ __attribute__((noinline)) void mix_fixed(Floats* scores, const Fixed& values, in
 
     for (int c = 0; c < value_width; c += 32) {
         Ints low[H] = {}, high[H] = {};
-        for (int s = from / 2 * 2; s < to; s += 2) {
-            Shorts a = load_as<Shorts>(values.at(s) + c), b = load_as<Shorts>(values.at(s + 1) + c);
-            keep(a), keep(b);
-            const Shorts lows = zip_low(a, b), highs = zip_high(a, b);
-            const int16_t* pair = weights + s / K * LANES + s % K;
+        for (int s = from / 2 * 2; s < to;) {
+            const int16_t* at = values.at(s) + c;
+            for (const int stop = std::min(to, s / LANES * LANES + LANES); s < stop; s += 2, at += 2 * values.row) {
+                Shorts a = load_as<Shorts>(at), b = load_as<Shorts>(at + values.row);
+                keep(a), keep(b);
+                const Shorts lows = zip_low(a, b), highs = zip_high(a, b);
+                const int16_t* pair = weights + s / K * LANES + s % K;
 #pragma GCC unroll 8
-            for (int h = 0; h < H; ++h) {
-                Shorts weight = spread_two(pair + h * K);
-                keep(weight);
-                low[h] = dot_shorts(low[h], lows, weight);
-                high[h] = dot_shorts(high[h], highs, weight);
+                for (int h = 0; h < H; ++h) {
+                    Shorts weight = spread_two(pair + h * K);
+                    keep(weight);
+                    low[h] = dot_shorts(low[h], lows, weight);
+                    high[h] = dot_shorts(high[h], highs, weight);
+                }
             }
         }
         for (int h = 0; h < H; ++h) {
@@ -360,6 +380,7 @@ struct alignas(64) Line {
 
 struct Widths {
     int key, value, value_at;  // values a key has, values that are mixed, and where they begin in a row (in units of its type)
+    int row;                   // a whole row, in units of its type
 
     bool within() const { return value_at + value <= key; }  // MLA: a key begins with its values
     int padded_key() const { return round_up(key, 32); }
@@ -369,8 +390,9 @@ struct Widths {
 class FloatSpan {
    public:
     void reserve(const Widths& widths) { widths_ = widths; }
-    // Rows [from, to) of a span, of the same LANES ones; `rows` are those of the whole span.
-    void take(const float* const* rows, int from, int to, int) { std::copy(rows + from, rows + to, rows_ + from); }
+    // Rows [from, to) of a span, of the same LANES ones; `rows` are those of the whole span, which ends at the third number. `slots`
+    // blocks of heads will meet them.
+    void take(const float* const* rows, int from, int to, int, int) { std::copy(rows + from, rows + to, rows_ + from); }
 
     static int query_lines(const Widths& widths) { return HEADS * widths.padded_key() / LANES; }
     template <int H>
@@ -391,53 +413,68 @@ class FloatSpan {
     const float* rows_[SPAN];
 };
 
-// Rows of bf16 or int8, as integers.
+// Rows of integers: of 16 bits where they lie, of 8 bits widened.
 class FixedSpan {
    public:
-    void reserve(const Widths& widths) {
-        widths_ = widths;
-        const int key_row = widths.padded_key(), value_row = round_up(widths.value, 32), own = widths.within() ? 0 : 1;
-        memory_.resize(SPAN * (key_row + own * value_row) / 32);
-        scales_.resize(SPAN * (1 + own) + LANES);
-        int16_t* at = reinterpret_cast<int16_t*>(memory_.data());
-        keys_ = {at, scales_.data(), key_row, 32};
-        values_ = own ? Fixed{at + SPAN * key_row, scales_.data() + SPAN, value_row, 32} : Fixed{at + widths.value_at, keys_.scales, key_row, 32};
+    void reserve(const Widths& widths) { widths_ = widths; }
+    void take(const Short* const* rows, int from, int to, int end, int slots) {
+        ask_after(rows, to, end, slots);
+        take_part(rows, from, to, 0, key_blocks_, key_scales_);
+        if (!widths_.within()) take_part(rows, from, to, widths_.value_at, value_blocks_, value_scales_);
     }
-    template <class T>
-    void take(const T* const* rows, int from, int to, int end) {
-        const int first = from / LANES * LANES;
-        ahead_ = {reinterpret_cast<const uint8_t* const*>(rows) + to, std::min(LANES, end - to), int(sizeof(T)) * std::max(widths_.key, widths_.value_at + widths_.value)};
-        take_rows(rows + first, from - first, to - first, widths_.key, part_of(keys_, first));
-        if (widths_.within()) return;
-        const T* values[LANES];
-        for (int i = from - first; i < to - first; ++i) values[i] = rows[first + i] + widths_.value_at;
-        take_rows(values, from - first, to - first, widths_.value, part_of(values_, first));
+    void take(const Small* const* rows, int from, int to, int end, int slots) {
+        ask_after(rows, to, end, slots);
+        const int key_row = widths_.padded_key(), value_row = round_up(widths_.value, 32), own = widths_.within() ? 0 : 1;
+        if (wide_.empty()) wide_.resize(SPAN * (key_row + own * value_row) / 32);
+        int16_t* at = reinterpret_cast<int16_t*>(wide_.data());
+        widen_part(rows, from, to, 0, widths_.key, at, key_row, key_blocks_, key_scales_);
+        if (own) widen_part(rows, from, to, widths_.value_at, widths_.value, at + SPAN * key_row, value_row, value_blocks_, value_scales_);
+        widened_ = true;
     }
 
     static int query_lines(const Widths& widths) { return HEADS * widths.padded_key() / 32; }
     template <int H>
     void take_queries(const float* queries, int heads, Line* lines, float* scales) const {
         if (heads < H) std::fill(lines, lines + H * widths_.padded_key() / 32, Line{});
-        const float* rows[HEADS];
-        for (int h = 0; h < heads; ++h) rows[h] = queries + h * widths_.key;
-        take_rows(rows, 0, heads, widths_.key, fixed<H>(lines, scales));
+        std::fill(scales, scales + LANES, 0.0f);
+        for (int h = 0; h < heads; ++h) scales[h] = store_fixed(queries + h * widths_.key, widths_.key, reinterpret_cast<int16_t*>(lines + h), H * 32);
     }
     template <int H>
     void score(Line* queries, float* scales, int from, int to, float scale, Floats* scores) {
-        score_fixed<H>(fixed<H>(queries, scales), keys_, widths_.key, from, to, scale, scores, ahead_);
+        const Fixed keys{key_blocks_, key_scales_, widened_ ? widths_.padded_key() : widths_.row};
+        score_fixed<H>({reinterpret_cast<int16_t*>(queries), scales}, keys, widths_.key, from, to, scale, scores, ahead_);
     }
     template <int H>
-    void mix(Floats* scores, int from, int to, Mixed& out) const { mix_fixed<H>(scores, values_, widths_.value, from, to, out); }
+    void mix(Floats* scores, int from, int to, Mixed& out) const {
+        const bool within = widths_.within();
+        const int row = widened_ ? (within ? widths_.padded_key() : round_up(widths_.value, 32)) : widths_.row;
+        mix_fixed<H>(scores, {within ? key_blocks_ : value_blocks_, within ? key_scales_ : value_scales_, row}, widths_.value, from, to, out);
+    }
 
    private:
-    static Fixed part_of(const Fixed& all, int first) { return {all.integers + int64_t(first) * all.row, all.scales + first, all.row, all.step}; }
-    template <int H>
-    static Fixed fixed(Line* queries, float* scales) { return {reinterpret_cast<int16_t*>(queries), scales, 32, H * 32}; }
+    template <class T>
+    void ask_after(const T* const* rows, int to, int end, int slots) {
+        const int count = std::min(LANES, end - to), bytes = int(sizeof(T)) * std::max(widths_.key, widths_.value_at + widths_.value);
+        ahead_ = {reinterpret_cast<const uint8_t* const*>(rows) + to, count, bytes, 0, (count * ((bytes + 63) / 64) + slots - 1) / slots};
+    }
+    void take_part(const Short* const* rows, int from, int to, int part, const int16_t** blocks, float* scales) const {
+        const int first = from / LANES * LANES;
+        blocks[first / LANES] = &rows[from][part].bits - (from - first) * widths_.row;
+        std::fill(scales + first, scales + first + LANES, 0.0f);
+        for (int i = from; i < to; ++i) scales[i] = scale_of(rows[i] + part);
+    }
+    void widen_part(const Small* const* rows, int from, int to, int part, int width, int16_t* wide, int row, const int16_t** blocks, float* scales) const {
+        const int first = from / LANES * LANES;
+        blocks[first / LANES] = wide + int64_t(first) * row;
+        std::fill(scales + first, scales + first + LANES, 0.0f);
+        for (int i = from; i < to; ++i) scales[i] = widen(rows[i] + part, width, wide + int64_t(i) * row);
+    }
 
     Widths widths_;
-    std::vector<Line> memory_;
-    std::vector<float> scales_;
-    Fixed keys_, values_;
+    std::vector<Line> wide_;
+    bool widened_ = false;
+    const int16_t *key_blocks_[SPAN / LANES], *value_blocks_[SPAN / LANES];
+    alignas(64) float key_scales_[SPAN + LANES], value_scales_[SPAN + LANES];
     Ahead ahead_{};
 };
 

@@ -75,8 +75,6 @@ inline bf16 narrow(float x) {
     if (x != x) return {uint16_t(word >> 16 | 0x40)};
     return {uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16)};
 }
-inline void put(float* p, float x) { *p = x; }
-inline void put(bf16* p, float x) { *p = narrow(x); }
 
 // Sixteen values rounded as `narrow` does it; each the upper half of its word, the lower one 0.
 inline Words rounded(Floats v) {

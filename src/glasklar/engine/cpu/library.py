@@ -35,7 +35,7 @@ class Embedding(Struct):
     _fields_ = [("rows", p), ("narrow", i64)]
 
 
-CacheKind = Literal["bfloat16", "float32", "int8"]
+CacheKind = Literal["int16", "float32", "int8"]
 CACHES = get_args(CacheKind)  # in the order of `CacheKind` in network.hpp
 
 _SHAPE = (

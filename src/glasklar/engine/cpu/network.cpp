@@ -69,7 +69,7 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
         s.row.resize(round_up(std::max(padded_, mixed_width()), GROUP));
         s.scores.resize(SLOTS * SPAN * HEADS / LANES);
         s.values.resize((SLOTS + 1) * HEADS * round_up(mixed_width(), GROUP));
-        const Widths w = shape.cache == INT8_CACHE ? widths<Small>() : widths<bf16>();
+        const Widths w = shape.cache == INT8_CACHE ? widths<Small>() : shape.cache == FLOAT_CACHE ? widths<float>() : widths<Short>();
         shape.cache == FLOAT_CACHE ? s.floats.reserve(w) : s.fixed.reserve(w);
         s.queries.resize(SLOTS * (shape.cache == FLOAT_CACHE ? FloatSpan::query_lines(w) : FixedSpan::query_lines(w)));
     }
@@ -107,7 +107,7 @@ void Network::run(const Pass& pass) {
         FlushTiny tiny;
         if (shape_.cache == FLOAT_CACHE) body<float>(me, drafting);
         else if (shape_.cache == INT8_CACHE) body<Small>(me, drafting);
-        else body<bf16>(me, drafting);
+        else body<Short>(me, drafting);
     };
     pool_.run(std::max(shape_.layers, 2) * 16 + 8, alone, body_of);
 }
@@ -350,7 +350,7 @@ void Network::attend_task(Worker& me, const Layer& layer, int index, int task) {
         };
         for (int from = at, to; from < stop; from = to) {
             to = std::min(stop, from / LANES * LANES + LANES);
-            span.take(rows, from, to, stop);
+            span.take(rows, from, to, stop, count);
             for_slots(from, to, [&](int, Slot& slot, int a, int b, auto size) {
                 span.template score<size>(slot.queries, slot.scales, a, b, s.softmax_scale, slot.scores);
             });

@@ -14,7 +14,7 @@
 
 namespace glasklar {
 
-enum CacheKind { BF16_CACHE = 0, FLOAT_CACHE = 1, INT8_CACHE = 2 };
+enum CacheKind { SHORT_CACHE = 0, FLOAT_CACHE = 1, INT8_CACHE = 2 };
 
 // The structs below are mirrored in engine/cpu/library.py.
 struct Shape {
@@ -103,7 +103,7 @@ class Network {
             int threads, const int32_t* cores);
     void run(const Pass& pass);
     int row_bytes() const {
-        return shape_.cache == INT8_CACHE ? row_size<Small>() : shape_.cache == FLOAT_CACHE ? 4 * row_size<float>() : 2 * row_size<bf16>();
+        return shape_.cache == INT8_CACHE ? row_size<Small>() : shape_.cache == FLOAT_CACHE ? 4 * row_size<float>() : 2 * row_size<Short>();
     }
     int padded_vocabulary() const { return head_.tiles() * TILE; }
 
@@ -115,7 +115,7 @@ class Network {
         FloatSpan floats;
         FixedSpan fixed;
         FloatSpan& span(const float*) { return floats; }
-        FixedSpan& span(const bf16*) { return fixed; }
+        FixedSpan& span(const Short*) { return fixed; }
         FixedSpan& span(const Small*) { return fixed; }
     };
     bool latent() const { return shape_.latent > 0; }
@@ -125,7 +125,7 @@ class Network {
     // In units of T: what a group of heads has in a row, and a row.
     template <class T> int group_size() const { return part_size<T>(key_width()) + (latent() ? 0 : part_size<T>(shape_.value)); }
     template <class T> int row_size() const { return latent() ? group_size<T>() : shape_.kv_heads * group_size<T>(); }
-    template <class T> Widths widths() const { return {key_width(), mixed_width(), latent() ? 0 : part_size<T>(key_width())}; }
+    template <class T> Widths widths() const { return {key_width(), mixed_width(), latent() ? 0 : part_size<T>(key_width()), row_size<T>()}; }
 
     template <class T> void body(Worker& me, bool drafting);
     void embed(int token);
