@@ -39,7 +39,7 @@ from glasklar.provenance.files import TEMPORARY, sync, write_atomic, writing
 from glasklar.provenance.hashing import canonical_json, sha256_hex
 
 # Of what is stored and how; raise it with every change of cpu/pack.hpp, of the tiles in cpu/matrix.hpp or of `Packer`.
-VERSION = 2
+VERSION = 3
 HEADER, ALIGNED, PIECE = 1 << 20, 64, 16 << 20
 _TYPES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
 # Of each weights file so many pieces of so many bytes enter its fingerprint.

@@ -44,18 +44,15 @@ inline Quantised quantise8(const float* x) {
     return out;
 }
 
-// Scales around the one that puts the largest value at -8 are tried, each refitted to its rounded values by least squares,
-// with the weights x^2 + mean(x^2): large weights matter more than their number.
+// Scales around the one that puts the largest value at -8 are tried, each refitted to its rounded values by least squares. (Plain
+// squares: to weigh large values more was worse on finished models, docs/lab/2026-11-26-cache.md.)
 inline Quantised quantise4(const float* x) {
-    float extreme = 0, square = 0;
-    for (int i = 0; i < GROUP; ++i) {
+    float extreme = 0;
+    for (int i = 0; i < GROUP; ++i)
         if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
-        square += x[i] * x[i];
-    }
     Quantised out{};
     if (extreme == 0) return out;
-    const Floats mean = spread(square / GROUP), a = load(x), b = load(x + LANES);
-    const Floats wa = a * a + mean, wb = b * b + mean;
+    const Floats a = load(x), b = load(x + LANES);
     const float magic = 12582912.0f;  // adding 1.5 * 2^23 rounds
     constexpr int STEPS = 15;
     Floats cross[LANES] = {}, own[LANES] = {};
@@ -67,7 +64,7 @@ inline Quantised quantise4(const float* x) {
             return q > 7.0f ? spread(7) : q;
         };
         Floats qa = rounded(a), qb = rounded(b);
-        cross[step] = wa * a * qa + wb * b * qb, own[step] = wa * qa * qa + wb * qb * qb;
+        cross[step] = a * qa + b * qb, own[step] = qa * qa + qb * qb;
     }
     const Floats crosses = sums(cross), owns = sums(own);
     float best = -1, scale = 0;
