@@ -238,8 +238,11 @@ def as_multiplied(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize(("kind", "rounding"), [("float32", 0), ("bfloat16", 0.004), ("int8", 0.005), ("int4", 0.08)])
-def test_products_of_odd_shapes(build: str, kind: str, rounding: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "rounding", "most"),
+    [("float32", 0, 0), ("bfloat16", 0.004, 0.004), ("int8", 0.006, 0.005), ("int4", 0.085, 0.09)],
+)
+def test_products_of_odd_shapes(build: str, kind: str, rounding: float, most: float) -> None:
     compiled = library.load(build)
     assert compiled is not None
     for outputs, inputs, rows in ((1, 1, 1), (37, 70, 19), (16, 32, 64), (100, 33, 7)):
@@ -251,7 +254,8 @@ def test_products_of_odd_shapes(build: str, kind: str, rounding: float) -> None:
         seen, y = torch.empty_like(weight), torch.empty(rows, -(-outputs // 16) * 16)
         compiled.glasklar_unpack(ctypes.byref(matrix), 0, seen.data_ptr())
         compiled.glasklar_multiply(ctypes.byref(matrix), 0, rows % 2, x.data_ptr(), rows, y.data_ptr())
-        assert (seen - weight).abs().max() <= rounding * weight.abs().max()
+        assert (seen - weight).square().mean().sqrt() <= rounding * weight.square().mean().sqrt()
+        assert (seen - weight).abs().max() <= most * weight.abs().max()
         exact = as_multiplied(x, kind)[:, :inputs].double() @ seen.double().T
         assert (y[:, :outputs] - exact).abs().max() <= 2e-6 * max(1.0, float(exact.abs().max()))
 
