@@ -10,6 +10,8 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -20,8 +22,9 @@
 #include <immintrin.h>
 #endif
 #if defined(__linux__)
+#include <fcntl.h>
 #include <sched.h>
-#include <sys/resource.h>
+#include <unistd.h>
 #endif
 
 namespace glasklar {
@@ -56,32 +59,57 @@ class Manners {
     typedef std::chrono::steady_clock Clock;
 
    public:
+    Manners() {
+#if defined(__linux__)
+        books_ = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+#endif
+        waited_ = waited_for_core();
+    }
+    ~Manners() {
+#if defined(__linux__)
+        if (books_ >= 0) close(books_);
+#endif
+    }
+    Manners(const Manners&) = delete;
+
     // Asked after each chunk.
     bool rest_is_due() {
-#if defined(__linux__)
         const auto now = Clock::now();
-        const auto since = now - looked_;
-        if (since < std::chrono::microseconds(200)) return false;
-        looked_ = now;
-        rusage used;
-        getrusage(RUSAGE_THREAD, &used);
-        if (used.ru_nivcsw != taken_) {  // the core was taken away; for more than a moment?
-            taken_ = used.ru_nivcsw, begun_ = now;
-            if (since > std::chrono::milliseconds(1)) shared_until_ = now + std::chrono::milliseconds(100);
-        }
+        if (now - looked_ < std::chrono::microseconds(300)) return false;
+        look(now);
         return now < shared_until_ && now - begun_ > std::chrono::milliseconds(1);
-#else
-        return false;
-#endif
     }
     void rest() {
         std::this_thread::sleep_for(std::chrono::microseconds(50));  // others' turns are longer, and are not cut short
-        begun_ = looked_ = Clock::now();
+        look(begun_ = Clock::now());
     }
 
    private:
+    void look(Clock::time_point now) {
+        const int64_t waited = waited_for_core();
+        if (waited - waited_ > 500'000) shared_until_ = now + std::chrono::milliseconds(50), begun_ = now;
+        looked_ = now, waited_ = waited;
+    }
+    // Nanoseconds that this thread was ready and did not run, by the system's books; 0 where there are none.
+    int64_t waited_for_core() const {
+#if defined(__linux__)
+        char text[96];
+        const ssize_t size = books_ < 0 ? 0 : pread(books_, text, sizeof text - 1, 0);
+        if (size <= 0) return 0;
+        text[size] = 0;
+        char* second;
+        std::strtoull(text, &second, 10);
+        return int64_t(std::strtoull(second, nullptr, 10));
+#else
+        return 0;
+#endif
+    }
+
     Clock::time_point looked_{}, begun_{}, shared_until_{};
-    long taken_ = 0;
+    int64_t waited_ = 0;
+#if defined(__linux__)
+    int books_ = -1;
+#endif
 };
 
 // Keeps this thread on a core while it lives.
