@@ -71,6 +71,10 @@ class Manners {
 #endif
     }
     Manners(const Manners&) = delete;
+    static Manners& of_this_thread() {
+        static thread_local Manners manners;
+        return manners;
+    }
 
     // Asked after each chunk.
     bool rest_is_due() {
@@ -169,7 +173,7 @@ class Worker {
             int counted = count(), unset = -1;
             total = phase.total.compare_exchange_strong(unset, counted) ? counted : unset;
         }
-        static thread_local Manners manners;
+        Manners& manners = Manners::of_this_thread();
         int mine = 0;
         for (int i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < total;) {
             work(i), ++mine;
