@@ -245,10 +245,6 @@ inline Shorts zip_high(Shorts a, Shorts b) {
     return __builtin_shufflevector(a, b, 4, 36, 5, 37, 6, 38, 7, 39, 12, 44, 13, 45, 14, 46, 15, 47, 20, 52, 21, 53, 22, 54, 23, 55, 28, 60, 29, 61, 30, 62, 31, 63);
 }
 inline Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
-inline Floats root(Floats v) {
-    for (int i = 0; i < LANES; ++i) v[i] = std::sqrt(v[i]);
-    return v;
-}
 
 // While it lives, numbers below the normal ones count as zero, as the instruction for pairs always has it.
 class FlushTiny {
