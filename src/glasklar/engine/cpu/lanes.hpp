@@ -40,6 +40,11 @@ inline Floats load(const bf16* p) {
     return reinterpret_cast<Floats>(__builtin_convertvector(load_as<Halves>(p), Words) << 16);
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+// The first `count` of them; all, if there are more places.
+inline void store_first(float* p, Floats v, int64_t count) {
+    if (count >= LANES) return store(p, v);
+    std::memcpy(p, &v, 4 * count);
+}
 
 #if defined(__FMA__) && !defined(__AVX512F__)
 typedef float Eight __attribute__((vector_size(32)));
@@ -151,25 +156,28 @@ inline Floats exp(Floats x) {
 inline float exp1(float x) { return exp(spread(x))[0]; }
 inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
 
-// Sixteen pairs of bf16, as products want them: a word for each pair, or all first ones and all second ones as floats.
-// `Narrow` is how activations that meet them are kept: rounded to bf16 either way.
+// Sixteen pairs of bf16 meet a pair of activations in PAIR_STEPS steps: an instruction does both products, the second one first,
+// each fused; without it they are two steps. `Narrow` is how such activations are kept: rounded to bf16 either way.
 #if defined(__AVX512BF16__)
-typedef Words Pairs;
+constexpr int PAIR_STEPS = 1;
 typedef bf16 Narrow;
-inline Pairs pairs(Words w) { return w; }
-inline Pairs spread_pair(const Narrow* p) {
+inline Floats of_pairs(Words w, int) { return reinterpret_cast<Floats>(w); }
+inline Floats spread_pair(const Narrow* p, int) {
     uint32_t pair;
     std::memcpy(&pair, p, 4);
-    return Words{} + pair;
+    return reinterpret_cast<Floats>(Words{} + pair);
+}
+inline Floats add_products(Floats c, Floats a, Floats b) {
+    return reinterpret_cast<Floats>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 }
 inline void store_narrow(Narrow* p, Floats v) { store(p, v); }
 #else
-struct Pairs {
-    Floats first, second;
-};
+constexpr int PAIR_STEPS = 2;
 typedef float Narrow;
-inline Pairs pairs(Words w) { return {reinterpret_cast<Floats>(w << 16), reinterpret_cast<Floats>(w & 0xffff0000u)}; }
-inline Pairs spread_pair(const Narrow* p) { return {spread(p[0]), spread(p[1])}; }
+inline Floats of_pairs(Words w, int step) { return reinterpret_cast<Floats>(step == 0 ? w & 0xffff0000u : w << 16); }
+inline Floats spread_pair(const Narrow* p, int step) { return spread(p[1 - step]); }
+inline Floats add_products(Floats c, Floats a, Floats b) { return fma(a, b, c); }
 inline void store_narrow(Narrow* p, Floats v) { store(p, reinterpret_cast<Floats>(rounded(v))); }
 #endif
 
@@ -181,15 +189,6 @@ inline void keep(V& v) {
     asm("" : "+v"(v));
 #else
     (void)v;
-#endif
-}
-
-// a . b of pairs added to c: the second products first, each fused, as the instruction does it.
-inline Floats dot_pairs(Floats c, const Pairs& a, const Pairs& b) {
-#if defined(__AVX512BF16__)
-    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
-#else
-    return fma(a.first, b.first, fma(a.second, b.second, c));
 #endif
 }
 

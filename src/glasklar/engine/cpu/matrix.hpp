@@ -41,14 +41,19 @@ struct Matrix {
     }
 };
 
-// Activation rows as a kind of matrix wants them: floats, bf16, or int8 with a scale and the sum of each group.
+// A group of activations, as integer weights meet it.
+struct Eights {
+    int8_t values[GROUP];
+    float scale;
+    int32_t sum;  // of the values, times -8: what int4's offset adds to a dot, taken back
+};
+
+// Activation rows as a kind of matrix wants them: floats, bf16, or int8 by groups.
 struct Rows {
     float* wide = nullptr;
     Narrow* narrow = nullptr;
-    int8_t* bytes = nullptr;
-    float* scales = nullptr;
-    int32_t* sums = nullptr;  // times -8: what int4's offset adds to a dot, taken back
-    int width = 0;            // values a row, padding included: whole groups
+    Eights* eights = nullptr;
+    int width = 0;  // values a row, padding included: whole groups
 
     int groups() const { return width / GROUP; }
 };
@@ -65,12 +70,13 @@ inline void prepare_group(const float* x, const Rows& to, int64_t row, int group
         store_narrow(to.narrow + place, a);
         store_narrow(to.narrow + place + LANES, b);
     }
-    if (!to.bytes) return;
+    if (!to.eights) return;
     // A row that is not finite must not become finite here: NaN and infinity end up in the scale.
     bool finite = sum(a * 0.0f + b * 0.0f) == 0;
     float top = largest(larger(magnitude(a), magnitude(b)));
     float scale = top / 127, inverse = top > 0 ? 127 / top : 0;
-    int8_t* q = to.bytes + place;
+    Eights& out = to.eights[row * to.groups() + group];
+    int8_t* q = out.values;
     int32_t total = 0;
 #if defined(__AVX512F__)
     // Rounds to nearest, ties to even, as below.
@@ -85,8 +91,8 @@ inline void prepare_group(const float* x, const Rows& to, int64_t row, int group
         total += q[i];
     }
 #endif
-    to.scales[row * to.groups() + group] = finite ? scale : std::nanf("");
-    to.sums[row * to.groups() + group] = -8 * total;
+    out.scale = finite ? scale : std::nanf("");
+    out.sum = -8 * total;
 }
 
 // `x` holds to.width floats, zeros beyond the row's own values.
@@ -132,25 +138,17 @@ inline uint32_t four_bytes(const int8_t* p) {
     return w;
 }
 
-// Dots of a group's eight quads of weights (with their offset) with 32 activations, the offset taken back: `sum` is -8 times
-// the sum of the activations.
+#if !defined(__AVX512VNNI__)
+// Dots of a group's eight quads of weights (with their offset) with 32 activations, the offset taken back.
 template <int KIND>
-inline PartInts dot_group(const PartWords* w, const int8_t* x, int32_t sum) {
-#if defined(__AVX512VNNI__)
-    // Two chains: their order does not matter to integers, and one would wait for itself.
-    __m512i even = _mm512_set1_epi32(KIND == INT4 ? sum : sum * 16), odd = _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-        even = _mm512_dpbusd_epi32(even, reinterpret_cast<__m512i>(w[i]), _mm512_set1_epi32(int(four_bytes(x + 4 * i))));
-        odd = _mm512_dpbusd_epi32(odd, reinterpret_cast<__m512i>(w[i + 1]), _mm512_set1_epi32(int(four_bytes(x + 4 * i + 4))));
-    }
-    return reinterpret_cast<Ints>(_mm512_add_epi32(even, odd));
-#elif defined(__AVX2__)
+inline PartInts dot_group(const PartWords* w, const Eights& x) {
+    const int32_t offset = KIND == INT4 ? x.sum : x.sum * 16;
+#if defined(__AVX2__)
     const __m256i ones = _mm256_set1_epi16(1);
-    __m256i dot = _mm256_set1_epi32(KIND == INT4 ? sum : 0), pairs = _mm256_setzero_si256();
+    __m256i dot = _mm256_set1_epi32(KIND == INT4 ? offset : 0), pairs = _mm256_setzero_si256();
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        const __m256i quad = reinterpret_cast<__m256i>(w[i]), four = _mm256_set1_epi32(int(four_bytes(x + 4 * i)));
+        const __m256i quad = reinterpret_cast<__m256i>(w[i]), four = _mm256_set1_epi32(int(four_bytes(x.values + 4 * i)));
         // Eight pairs of 15 * 127 + 15 * 127 stay within 16 bits. Of int8 the offset is taken off first, and the sign of
         // the activations moved over: 127 * 127 + 127 * 127 do too.
         if constexpr (KIND == INT4) {
@@ -163,74 +161,179 @@ inline PartInts dot_group(const PartWords* w, const int8_t* x, int32_t sum) {
     if constexpr (KIND == INT4) dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
     return reinterpret_cast<PartInts>(dot);
 #else
-    PartInts dot = PartInts{} + (KIND == INT4 ? sum : sum * 16);
-    for (int i = 0; i < GROUP; ++i) dot += reinterpret_cast<PartInts>(w[i / 4] >> i % 4 * 8 & 255u) * int32_t(x[i]);
+    PartInts dot = PartInts{} + offset;
+    for (int i = 0; i < GROUP; ++i) dot += reinterpret_cast<PartInts>(w[i / 4] >> i % 4 * 8 & 255u) * int32_t(x.values[i]);
     return dot;
 #endif
 }
+#endif
 
-// M rows of activations, which may be wider than the matrix, against one group of a tile.
+// Tiles that `rows` rows of activations meet at once. An AVX-512 core does two products a cycle and little more than one load: an
+// activation is loaded for all tiles and a weight for all rows, and their sums fill the registers.
+constexpr int tiles_at_once(int kind, int rows) {
+#if defined(__AVX512F__)
+    return rows > (kind < INT8 ? 5 : 6) ? 3 : 4;
+#else
+    return kind >= 0 && rows > 0 ? 1 : 0;
+#endif
+}
+
+// Products of M rows of activations, which may be wider than the matrix, with a group of T tiles.
 template <int KIND, int M>
 class Product {
    public:
     static constexpr int SIZE = KIND == INT4 ? 288 : KIND == INT8 ? 544 : KIND == BF16 ? 1024 : 2048;  // bytes of a group
+    static constexpr int EARLY = (AHEAD + SIZE - 1) / SIZE, LATER = EARLY * SIZE;  // groups and bytes between asking for weights and their use
     // Even and odd steps of floats are summed apart: two chains hide the latency when there are few rows.
     static constexpr int SUMS = KIND < INT8 ? 2 * M : M;
 
-    Product(const Rows& a, const int64_t* rows) : a_(a) {
-        for (int m = 0; m < M; ++m) values_[m] = rows[m] * a.width, groups_[m] = rows[m] * a.groups();
+    Product(const Rows& a, const int64_t* rows) {
+        for (int m = 0; m < M; ++m) {
+            if constexpr (KIND == FLOAT) rows_[m] = a.wide + rows[m] * a.width;
+            else if constexpr (KIND == BF16) rows_[m] = a.narrow + rows[m] * a.width;
+            else rows_[m] = a.eights + rows[m] * a.groups();
+        }
     }
 
-    __attribute__((always_inline)) void add_group(const uint8_t* at, int g, Floats* sums) const {
-        if constexpr (KIND < INT8) add_floats(at, g, sums);
-        else add_integers(at, g, sums);
+    // sums[tile][SUMS] += products of group g, whose weights stand at at[tile]; a group at ahead[tile] is asked for meanwhile.
+    template <int T>
+    __attribute__((always_inline)) void add(const uint8_t* const* at, bool far, int g, Floats* sums) const {
+        if constexpr (KIND < INT8) add_floats<T>(at, far, g, sums);
+        else add_integers<T>(at, far, g, sums);
     }
 
    private:
-    void add_floats(const uint8_t* at, int g, Floats* sums) const {
-        constexpr int STEP = KIND == FLOAT ? 1 : 2;  // inputs a vector
-        Floats now[SUMS];
-        std::memcpy(now, sums, sizeof now);
-        for (int k = g * GROUP; k < (g + 1) * GROUP; k += 2 * STEP, at += 128) {
-            const Words w0 = load_as<Words>(at), w1 = load_as<Words>(at + 64);
+    typedef std::conditional_t<KIND == FLOAT, float, std::conditional_t<KIND == BF16, Narrow, Eights>> Element;
+
+    template <int T>
+    __attribute__((always_inline)) void add_floats(const uint8_t* const* at, bool far, int g, Floats* sums) const {
+        constexpr int STEP = KIND == FLOAT ? 1 : 2;                      // inputs a vector
+        constexpr int TOGETHER = T * M > (PARTS == 1 ? 8 : 2) ? 1 : 2;  // of even and odd steps, as registers allow
+        for (int first = 0; first < 2; first += TOGETHER) {
+            Floats now[TOGETHER][T][M];
+            auto each = [&](auto f) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+                for (int odd = 0; odd < TOGETHER; ++odd)
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
-                if constexpr (KIND == FLOAT) {
-                    const float* x = a_.wide + values_[m] + k;
-                    now[2 * m] = fma(reinterpret_cast<Floats>(w0), spread(x[0]), now[2 * m]);
-                    now[2 * m + 1] = fma(reinterpret_cast<Floats>(w1), spread(x[1]), now[2 * m + 1]);
-                } else {
-                    const Narrow* x = a_.narrow + values_[m] + k;
-                    now[2 * m] = dot_pairs(now[2 * m], pairs(w0), spread_pair(x));
-                    now[2 * m + 1] = dot_pairs(now[2 * m + 1], pairs(w1), spread_pair(x + 2));
-                }
-            }
+                    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+                        for (int m = 0; m < M; ++m) f(now[odd][t][m], sums[t * SUMS + (first + odd) * M + m]);
+            };
+            each([](Floats& mine, Floats& sum) __attribute__((always_inline)) { mine = sum; });
+            for (int k = first; k < GROUP / STEP; k += 2)
+#pragma GCC unroll 2
+                for (int odd = 0; odd < TOGETHER; ++odd)
+#pragma GCC unroll 2
+                    for (int step = 0; step < (KIND == BF16 ? PAIR_STEPS : 1); ++step) {
+                        Floats w[T];
+#pragma GCC unroll 8
+                        for (int t = 0; t < T; ++t) {
+                            if (far && step == 0) __builtin_prefetch(at[t] + LATER + 64 * (k + odd));
+                            const Words word = load_as<Words>(at[t] + 64 * (k + odd));
+                            w[t] = KIND == BF16 ? of_pairs(word, step) : reinterpret_cast<Floats>(word);
+                        }
+#pragma GCC unroll 8
+                        for (int m = 0; m < M; ++m) {
+                            const Element* from = rows_[m] + g * GROUP + STEP * (k + odd);
+                            Floats x;
+                            if constexpr (KIND == BF16) x = spread_pair(from, step);
+                            else x = spread(*from);
+#pragma GCC unroll 8
+                            for (int t = 0; t < T; ++t) {
+                                if constexpr (KIND == BF16) now[odd][t][m] = add_products(now[odd][t][m], w[t], x);
+                                else now[odd][t][m] = fma(w[t], x, now[odd][t][m]);
+                            }
+                        }
+                    }
+            each([](Floats& mine, Floats& sum) __attribute__((always_inline)) { sum = mine; });
         }
-        std::memcpy(sums, now, sizeof now);
     }
 
-    void add_integers(const uint8_t* at, int g, Floats* sums) const {
-        const Floats scales = half_scales(at + SIZE - 2 * TILE);
+#if defined(__AVX512VNNI__)
+    template <int T>
+    __attribute__((always_inline)) void add_integers(const uint8_t* const* at, bool far, int g, Floats* sums) const {
+        // One row and few tiles: two chains, as one would wait for itself.
+        constexpr int CHAINS = T * M <= 4 ? 2 : 1;
+        int64_t place = g * int64_t(sizeof(Eights));
+        asm("" : "+r"(place));  // else compilers load a group once for all tiles, into more registers than there are
+        auto group = [&](int m) __attribute__((always_inline)) -> const Eights& {
+            return *reinterpret_cast<const Eights*>(reinterpret_cast<const uint8_t*>(rows_[m]) + place);
+        };
+        __m512i dots[CHAINS][T][M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const __m512i offset = _mm512_set1_epi32(KIND == INT4 ? group(m).sum : group(m).sum * 16);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                dots[0][t][m] = offset;
+                if constexpr (CHAINS == 2) dots[1][t][m] = _mm512_setzero_si512();
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < (KIND == INT4 ? 4 : 8); ++i) {
+            Words w[T];
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                w[t] = load_as<Words>(at[t] + 64 * i);
+                keep(w[t]);
+                if (far) __builtin_prefetch(at[t] + LATER + 64 * i);
+            }
+#pragma GCC unroll 2
+            for (int high = 0; high < (KIND == INT4 ? 2 : 1); ++high)
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) {
+                    const __m512i x = _mm512_set1_epi32(int(four_bytes(group(m).values + 4 * i + 16 * high)));
+#pragma GCC unroll 8
+                    for (int t = 0; t < T; ++t) {
+                        const Words quad = KIND == INT4 ? (high ? w[t] >> 4 : w[t]) & 0x0f0f0f0fu : w[t];
+                        __m512i& dot = dots[CHAINS == 2 && (KIND == INT4 ? high : i % 2)][t][m];
+                        dot = _mm512_dpbusd_epi32(dot, reinterpret_cast<__m512i>(quad), x);
+                    }
+                }
+        }
+        Floats scales[T];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            scales[t] = half_scales(at[t] + SIZE - 2 * TILE);
+            if (far) __builtin_prefetch(at[t] + LATER + SIZE - 2 * TILE);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const Floats scale = spread(group(m).scale);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                __m512i dot = dots[0][t][m];
+                if constexpr (CHAINS == 2) dot = _mm512_add_epi32(dot, dots[1][t][m]);
+                sums[t * M + m] = fma(floats(reinterpret_cast<Ints>(dot)), scales[t] * scale, sums[t * M + m]);
+            }
+        }
+    }
+#else
+    template <int T>
+    __attribute__((always_inline)) void add_integers(const uint8_t* const* at, bool far, int g, Floats* sums) const {
+        static_assert(T == 1);
+        for (int i = 0; far && i < SIZE; i += 64) __builtin_prefetch(at[0] + LATER + i);
+        const Floats scales = half_scales(at[0] + SIZE - 2 * TILE);
         for (int part = 0; part < PARTS; ++part) {
             const int place = part * 4 * PART;
             PartWords w[8];
             for (int i = 0; i < (KIND == INT4 ? 4 : 8); ++i) {
-                w[i] = load_as<PartWords>(at + 64 * i + place);
+                w[i] = load_as<PartWords>(at[0] + 64 * i + place);
                 if constexpr (KIND == INT4) w[i + 4] = w[i] >> 4 & 0x0f0f0f0fu, w[i] &= 0x0f0f0f0fu;
             }
             const PartFloats scale = load_as<PartFloats>(reinterpret_cast<const uint8_t*>(&scales) + place);
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
-                const PartInts dot = dot_group<KIND>(w, a_.bytes + values_[m] + g * GROUP, a_.sums[groups_[m] + g]);
+                const PartInts dot = dot_group<KIND>(w, rows_[m][g]);
                 uint8_t* to = reinterpret_cast<uint8_t*>(sums + m) + place;
-                const PartFloats sum = fma(__builtin_convertvector(dot, PartFloats), scale * a_.scales[groups_[m] + g], load_as<PartFloats>(to));
+                const PartFloats sum = fma(__builtin_convertvector(dot, PartFloats), scale * rows_[m][g].scale, load_as<PartFloats>(to));
                 std::memcpy(to, &sum, sizeof sum);
             }
         }
     }
+#endif
 
-    Rows a_;
-    int64_t values_[M], groups_[M];
+    const Element* rows_[M];
 };
 
 // Up to STREAMS tiles of a matrix, and where those begin that will be read after them.
@@ -238,104 +341,41 @@ struct Tiles {
     int count = 0, which[STREAMS];
     const uint8_t *now[STREAMS], *next[STREAMS];
 
-    void add(const Matrix& w, int copy, int tile, const uint8_t* then) {
-        which[count] = tile, now[count] = w.tile(copy, tile), next[count++] = then;
-    }
-    // Asks for what is read AHEAD bytes after a group of `size` bytes. The processor's own reading ahead ends with each page.
-    void prefetch(int t, int g, int groups, int size) const {
-        const int early = (AHEAD + size - 1) / size;
-        const uint8_t* at = g + early < groups ? now[t] + int64_t(g + early) * size : next[t] + int64_t(g + early - groups) * size;
-        for (int i = 0; i < size; i += 64) __builtin_prefetch(at + i);
-    }
+    void add(int tile, const uint8_t* here, const uint8_t* then) { which[count] = tile, now[count] = here, next[count++] = then; }
 };
 
-// Products of tiles with M rows, out[tile][row]. `far`: the tiles come from memory, not from a cache. Then they are read side by
-// side, a group of each in turn: one stream of reads does not keep the memory busy.
+// Products of tiles with M rows, out[tile][row]. The tiles are read side by side, a group of each in turn: one stream of reads does
+// not keep the memory busy. `far`: they come from memory, not from a cache; then what is read AHEAD bytes later is asked for, as the
+// processor's own reading ahead ends with each page.
 template <int KIND, int M>
 __attribute__((noinline)) void multiply_rows(const Tiles& tiles, bool far, int groups, const Rows& a, const int64_t* rows, Floats* out) {
     typedef Product<KIND, M> Each;
+    constexpr int SIZE = Each::SIZE, MOST = tiles_at_once(KIND, M);
     const int count = tiles.count;
     const Each product(a, rows);
     Floats sums[STREAMS * Each::SUMS];
     std::fill(sums, sums + count * Each::SUMS, Floats{});
-    auto add = [&](int t, int g) __attribute__((always_inline)) { product.add_group(tiles.now[t] + int64_t(g) * Each::SIZE, g, sums + t * Each::SUMS); };
-    if (far) {
-        for (int g = 0; g < groups; ++g)
-            for (int t = 0; t < count; ++t) tiles.prefetch(t, g, groups, Each::SIZE), add(t, g);
-    } else {
-        for (int t = 0; t < count; ++t)
-            for (int g = 0; g < groups; ++g) add(t, g);
-    }
-    for (int i = 0; i < count * M; ++i) out[i] = KIND < INT8 ? sums[2 * i] + sums[2 * i + 1] : sums[i];
-}
-
-#if defined(__AVX512VNNI__)
-// The same for eight rows, two tiles at a time (the last one of an odd number is taken twice): an activation is loaded once for
-// both, and all sums of a group stay in registers. What a dot is made of, and in which order groups are added, is as in `Product`.
-constexpr int BLOCK = 8;
-
-// A group of eight rows: what its values are multiplied with, side by side, so that addresses leave registers for the rows.
-struct BlockGroup {
-    int32_t sums[BLOCK];
-    float scales[BLOCK];
-};
-
-template <int KIND>
-inline void add_block(const uint8_t* first, const uint8_t* second, const int8_t* const* bytes, int64_t at, const BlockGroup& group, Floats* to) {
-    constexpr int SIZE = Product<KIND, BLOCK>::SIZE;
-    for (int i = 0; i < SIZE; i += 64) __builtin_prefetch(first + AHEAD + i), __builtin_prefetch(second + AHEAD + i);
-    __m512i dot0[BLOCK], dot1[BLOCK];
+    for (int g = 0; g < groups; ++g) {
+        const int64_t place = int64_t(g) * SIZE, begun = g + Each::EARLY - groups;
+        for (int t = 0; far && begun >= 0 && t < count; ++t)
+            for (int i = 0; i < SIZE; i += 64) __builtin_prefetch(tiles.next[t] + begun * SIZE + i);
+        int t = 0;
+        auto some = [&](auto number) __attribute__((always_inline)) {
+            constexpr int T = decltype(number)::value;
+            for (; t + T <= count; t += T) {
+                const uint8_t* at[T];
 #pragma GCC unroll 8
-    for (int m = 0; m < BLOCK; ++m) dot0[m] = dot1[m] = _mm512_set1_epi32(group.sums[m]);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        const int quad = KIND == INT4 ? 64 * (i % 4) : 64 * i;
-        Words w0 = load_as<Words>(first + quad), w1 = load_as<Words>(second + quad);
-        if constexpr (KIND == INT4) {
-            if (i >= 4) w0 = w0 >> 4, w1 = w1 >> 4;
-            w0 &= 0x0f0f0f0fu, w1 &= 0x0f0f0f0fu;
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < BLOCK; ++m) {
-            const __m512i x = _mm512_set1_epi32(int(four_bytes(bytes[m] + at + 4 * i)));
-            dot0[m] = _mm512_dpbusd_epi32(dot0[m], reinterpret_cast<__m512i>(w0), x);
-            dot1[m] = _mm512_dpbusd_epi32(dot1[m], reinterpret_cast<__m512i>(w1), x);
-        }
-    }
-    const Floats scale0 = half_scales(first + SIZE - 2 * TILE), scale1 = half_scales(second + SIZE - 2 * TILE);
-#pragma GCC unroll 8
-    for (int m = 0; m < BLOCK; ++m) {
-        const Floats scale = spread(group.scales[m]);
-        to[m] = fma(__builtin_convertvector(reinterpret_cast<Ints>(dot0[m]), Floats), scale0 * scale, to[m]);
-        to[BLOCK + m] = fma(__builtin_convertvector(reinterpret_cast<Ints>(dot1[m]), Floats), scale1 * scale, to[BLOCK + m]);
-    }
-}
-
-template <int KIND>
-__attribute__((noinline)) void multiply_block(const Tiles& tiles, bool, int groups, const Rows& a, const int64_t* rows, Floats* out) {
-    constexpr int SIZE = Product<KIND, BLOCK>::SIZE, SOME = 64;
-    const int count = tiles.count;
-    const int8_t* bytes[BLOCK];
-    for (int m = 0; m < BLOCK; ++m) bytes[m] = a.bytes + rows[m] * a.width;
-    std::fill(out, out + round_up(count, 2) * BLOCK, Floats{});
-    BlockGroup some[SOME];
-    for (int from = 0; from < groups; from += SOME) {
-        const int to = std::min(groups, from + SOME);
-        for (int m = 0; m < BLOCK; ++m)
-            for (int g = from; g < to; ++g) {
-                const int64_t at = rows[m] * a.groups() + g;
-                some[g - from].sums[m] = KIND == INT4 ? a.sums[at] : a.sums[at] * 16, some[g - from].scales[m] = a.scales[at];
+                for (int j = 0; j < T; ++j) at[j] = tiles.now[t + j] + place;
+                product.template add<T>(at, far, g, sums + t * Each::SUMS);
             }
-        for (int g = from; g < to; ++g) {
-            const int64_t place = int64_t(g) * SIZE;
-            for (int t = 0; t < count; t += 2) {
-                const int other = std::min(t + 1, count - 1);
-                add_block<KIND>(tiles.now[t] + place, tiles.now[other] + place, bytes, g * GROUP, some[g - from], out + t * BLOCK);
-            }
-        }
+        };
+        some(std::integral_constant<int, MOST>{});
+        if constexpr (MOST > 2) some(std::integral_constant<int, 2>{});
+        if constexpr (MOST > 1) some(std::integral_constant<int, 1>{});
     }
+    for (int t = 0; t < count; ++t)
+        for (int m = 0; m < M; ++m) out[t * M + m] = KIND < INT8 ? sums[t * 2 * M + m] + sums[t * 2 * M + M + m] : sums[t * M + m];
 }
-#endif
 
 typedef void (*MultiplyRows)(const Tiles& tiles, bool far, int groups, const Rows& a, const int64_t* rows, Floats* out);
 
@@ -343,21 +383,16 @@ typedef void (*MultiplyRows)(const Tiles& tiles, bool far, int groups, const Row
 // others repeated.
 template <int KIND>
 inline MultiplyRows choose_product(int left, int& rows) {
-#if defined(__AVX512VNNI__)
-    if constexpr (KIND >= INT8)
-        if (left > BLOCK / 2) {
-            rows = BLOCK;
-            return multiply_block<KIND>;
-        }
-#endif
-#if defined(__AVX512F__)
-    if constexpr (KIND < INT8)
-        if (left >= 8) {
+    constexpr int MOST = tiles_at_once(KIND, 1) > 1 ? 8 : 4;
+    // Of some rows more than one call takes, each takes half.
+    rows = left <= MOST || left > 3 * MOST / 2 ? std::min(left, MOST) : (left + 1) / 2;
+    if constexpr (MOST == 8) {
+        if (rows > 6) {
             rows = 8;
             return multiply_rows<KIND, 8>;
         }
-#endif
-    rows = std::min(left, 4);
+        if (rows > 4) return rows == 6 ? multiply_rows<KIND, 6> : multiply_rows<KIND, 5>;
+    }
     return rows == 4 ? multiply_rows<KIND, 4> : rows == 3 ? multiply_rows<KIND, 3> : rows == 2 ? multiply_rows<KIND, 2> : multiply_rows<KIND, 1>;
 }
 inline MultiplyRows choose_product(int kind, int left, int& rows) {
@@ -396,7 +431,7 @@ inline void multiply_all(const Matrix& w, int copy, int first, int last, const u
     for (int t = first; t < last; t += STREAMS) {
         Tiles tiles;
         const uint8_t* then = t + STREAMS < last || !after ? w.tile(copy, t + STREAMS) : after;
-        for (int j = 0; j < std::min(STREAMS, last - t); ++j) tiles.add(w, copy, t + j, then + j * size);
+        for (int j = 0; j < std::min(STREAMS, last - t); ++j) tiles.add(t + j, w.tile(copy, t + j), then + j * size);
         multiply(w, copy, tiles, far, a, rows, count, [&](int i, int j, Floats v) { emit(i, t + j, v); });
     }
 }

@@ -142,11 +142,12 @@ void Network::tiles(const Matrix& w, int copy, int first, int last, const Rows& 
         multiply_all(w, copy, first, last, after, far_, in, row_list + row, std::min(64, count - row), [&](int i, int t, Floats v) { emit(row + i, t * TILE, v); });
 }
 
-// Task number `task` of a matrix that meets the rows of all tokens.
 template <class Emit>
 void Network::dense(const Matrix& w, int task, const Rows& in, Emit emit) {
-    const int first = task * run_length(w);
-    tiles(w, 0, first, std::min(first + run_length(w), w.tiles()), in, every_.data(), pass_.tokens, emit);
+    const int run = run_length(w), each = tasks(w) / w.copies, next = next_task(task);
+    const int copy = task / each, first = task % each * run;
+    tiles(w, copy, first, std::min(first + run, w.tiles()), in, w.copies > 1 ? &by_head_[int64_t(copy) * shape_.max_tokens] : every_.data(), pass_.tokens,
+          [&](int t, int column, Floats v) { emit(copy, t, column, v); }, w.tile(next / each, next % each * run));
 }
 
 template <class T>
@@ -183,8 +184,8 @@ void Network::join(Worker& me) {
         prepare(row, join_in_.rows, t);
     });
     me.parallel([this] { return tasks(draft_.join); }, [&, D](int i) {
-        dense(draft_.join, i, join_in_.rows, [&, D](int t, int column, Floats v) {
-            std::memcpy(&x_[int64_t(t) * padded_ + column], &v, 4 * std::min<int64_t>(TILE, D - column));
+        dense(draft_.join, i, join_in_.rows, [&, D](int, int t, int column, Floats v) {
+            store_first(&x_[int64_t(t) * padded_ + column], v, D - column);
         });
     });
 }
@@ -196,9 +197,7 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
     const int64_t q_row = round_up(H * K, GROUP), latent_row = round_up(std::max(s.q_latent, 1), GROUP), kv_row = round_up(kv_width(), GROUP);
     auto tokens = [this] { return pass_.tokens; };
     auto into = [](Buffer<float>& buffer, int64_t row_size, int limit) {
-        return [&buffer, row_size, limit](int i, int column, Floats v) {
-            std::memcpy(&buffer[i * row_size + column], &v, 4 * std::min(TILE, limit - column));
-        };
+        return [&buffer, row_size, limit](int, int t, int column, Floats v) { store_first(&buffer[t * row_size + column], v, limit - column); };
     };
     float* query = query_.data();
 
@@ -239,12 +238,7 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
     });
     if (latent())  // q_nope . W_UK: queries move into the space of the latents
         me.parallel([&] { return tasks(layer.k_up); }, [&](int i) {
-            const int each = tasks(layer.k_up) / H, h = i / each, first = i % each * run_length(layer.k_up);
-            const int64_t* list = &by_head_[int64_t(h) * s.max_tokens];
-            tiles(layer.k_up, h, first, std::min(first + run_length(layer.k_up), layer.k_up.tiles()), nope_in_.rows, list, pass_.tokens,
-                  [&](int t, int column, Floats v) {
-                      std::memcpy(query + (int64_t(t) * H + h) * KEY + column, &v, 4 * std::min(TILE, s.latent - column));
-                  });
+            dense(layer.k_up, i, nope_in_.rows, [&](int h, int t, int column, Floats v) { store_first(query + (int64_t(t) * H + h) * KEY + column, v, s.latent - column); });
         });
     me.parallel([&] { return int(queries_.size()) * s.attention_tasks() / blocks_ * std::max(1, spans_); }, [&](int i) { attend_task<T>(me, layer, index, i); });
     me.parallel([&] { return pass_.tokens * (spans_ ? s.attention_tasks() : 1); }, [&](int i) {
@@ -256,11 +250,8 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
     const int64_t joined_row = round_up(H * s.value, GROUP);
     if (latent())
         me.parallel([&] { return tasks(layer.v_up); }, [&](int i) {
-            const int each = tasks(layer.v_up) / H, h = i / each, first = i % each * run_length(layer.v_up);
-            tiles(layer.v_up, h, first, std::min(first + run_length(layer.v_up), layer.v_up.tiles()), mixed_in_.rows,
-                  &by_head_[int64_t(h) * s.max_tokens], pass_.tokens, [&](int t, int column, Floats v) {
-                      std::memcpy(&joined_[t * joined_row + h * s.value + column], &v, 4 * std::min(TILE, s.value - column));
-                  });
+            dense(layer.v_up, i, mixed_in_.rows,
+                  [&](int h, int t, int column, Floats v) { store_first(&joined_[t * joined_row + h * s.value + column], v, s.value - column); });
         });
     me.parallel(tokens, [&](int t) {
         if (!latent())
@@ -268,7 +259,7 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
         prepare(&joined_[t * joined_row], out_in_.rows, t);
     });
     me.parallel([&] { return tasks(layer.out); }, [&](int i) {
-        dense(layer.out, i, out_in_.rows, [&](int t, int column, Floats v) { add_to(t, column, v); });
+        dense(layer.out, i, out_in_.rows, [&](int, int t, int column, Floats v) { add_to(t, column, v); });
     });
 }
 
@@ -414,24 +405,27 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
         prepare(&normed_[int64_t(t) * padded_], feed_in_.rows, t);
     });
     const int router_row = round_up(std::max(s.experts, 1), TILE);
-    auto units = [](const Matrix& w) { return w.data ? w.tiles() / 4 : 0; };          // of 32 hidden values
-    auto run = [this](const Matrix& w) { return std::max(1, run_length(w) / 4); };    // units a task
-    auto runs = [&](const Matrix& w) { return (units(w) + run(w) - 1) / run(w); };
+    // Tasks of the gated hidden values of one copy, and what task i covers.
+    auto run = [this](const Matrix& w) { return std::max(1, run_length(w) / 4); };
+    auto runs = [&](const Matrix& w) { return w.data ? (w.tiles() / 4 + run(w) - 1) / run(w) : 0; };
+    auto units = [&](const Matrix& w, int copy, int i) { return Units{copy, i * run(w), std::min((i + 1) * run(w), w.tiles() / 4)}; };
     me.parallel([&] { return tasks(layer.router) + runs(layer.gate_up); }, [&](int i) {
         if (i < tasks(layer.router))
-            return dense(layer.router, i, feed_in_.rows, [&](int t, int column, Floats v) { store(&router_[int64_t(t) * router_row + column], v); });
-        const int first = (i - tasks(layer.router)) * run(layer.gate_up);
-        hidden_task(layer.gate_up, 0, first, std::min(first + run(layer.gate_up), units(layer.gate_up)), feed_in_.rows, every_.data(), pass_.tokens,
-                    hidden_in_.rows, 0, scratch_[me.thread()]);
+            return dense(layer.router, i, feed_in_.rows, [&](int, int t, int column, Floats v) { store(&router_[int64_t(t) * router_row + column], v); });
+        const Matrix& w = layer.gate_up;
+        const int part = i - tasks(layer.router);
+        hidden_task(w, units(w, 0, part), units(w, 0, next_task(part)), feed_in_.rows, every_.data(), pass_.tokens, hidden_in_.rows, 0, scratch_[me.thread()]);
     });
     if (layer.router.data) {
         me.parallel([this] { return pass_.tokens; }, [&](int t) { route(layer, t); });
         me.once([&] { group_by_expert(); });
         me.parallel([&] { return int(busy_.size()) * runs(layer.experts_gate_up); }, [&](int i) {
             const Matrix& w = layer.experts_gate_up;
-            const int e = busy_[i / runs(w)], first = i % runs(w) * run(w), start = expert_start_[e];
-            hidden_task(w, e, first, std::min(first + run(w), units(w)), feed_in_.rows, &expert_tokens_[start], expert_start_[e + 1] - start,
-                        expert_in_.rows, start, scratch_[me.thread()]);
+            auto part = [&](int i) { return units(w, busy_[std::min<size_t>(i / runs(w), busy_.size() - 1)], i % runs(w)); };
+            const Units mine = part(i);
+            const int start = expert_start_[mine.copy];
+            hidden_task(w, mine, part(next_task(i)), feed_in_.rows, &expert_tokens_[start], expert_start_[mine.copy + 1] - start, expert_in_.rows, start,
+                        scratch_[me.thread()]);
         });
     }
     // A task adds up all experts' parts of some tiles: as many as are read side by side, if that leaves enough tasks.
@@ -440,10 +434,13 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
     const int all = padded_ / TILE, fair = std::min(STREAMS, all / (8 * pool_.threads())) / 2 * 2;
     const int each = std::max<int>(fair, pass_.tokens > 4 ? 2 : 2 * std::max<int64_t>(1, (32 << 10) / bytes));
     const int whole = each >= 4 ? all * 3 / 4 / each : 0, rest = each >= 4 ? each / 2 : each;  // the last ones shorter: threads end together
+    auto first_of = [&](int i) { return std::min(i, whole) * each + std::max(0, i - whole) * rest; };
     me.parallel([&] { return whole + (all - whole * each + rest - 1) / rest; }, [&](int i) {
-        const int first = std::min(i, whole) * each + std::max(0, i - whole) * rest;
-        const int last = std::min(first + (i < whole ? each : rest), (s.width + TILE - 1) / TILE);
-        auto expert_tiles = [&](size_t n) { return layer.router.data && n < busy_.size() ? layer.experts_down.tile(busy_[n], first) : nullptr; };
+        const int first = first_of(i), last = std::min(first + (i < whole ? each : rest), (s.width + TILE - 1) / TILE), next = first_of(next_task(i));
+        auto expert_tiles = [&](size_t n) {
+            if (layer.router.data && n < busy_.size()) return layer.experts_down.tile(busy_[n], first);
+            return layer.down.data ? layer.down.tile(0, next) : layer.experts_down.tile(busy_[0], next);
+        };
         if (layer.down.data)
             tiles(layer.down, 0, first, last, hidden_in_.rows, every_.data(), pass_.tokens, [&](int t, int column, Floats v) { add_to(t, column, v); },
                   expert_tiles(0));
@@ -458,23 +455,21 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
 }
 
 // The gated hidden values, silu(gate) * up, for units of 32 hidden values, made ready for the next product. Tiles: all of the gate, then all of up.
-void Network::hidden_task(const Matrix& w, int copy, int unit_first, int unit_last, const Rows& in, const int64_t* row_list, int count,
-                          const Rows& out, int64_t out_first, Scratch& scratch) {
+void Network::hidden_task(const Matrix& w, Units units, Units next, const Rows& in, const int64_t* row_list, int count, const Rows& out, int64_t out_first,
+                          Scratch& scratch) {
     constexpr int UNITS = STREAMS / 4;
-    const int up = w.tiles() / 2;
     float* products = scratch.products.data();
+    auto tile = [&](int first, int j) { return 2 * (first + j / 4) + j % 2 + j % 4 / 2 * (w.tiles() / 2); };
     for (int row = 0; row < count; row += 64) {
         const int rows = std::min(64, count - row);
-        for (int first = unit_first; first < unit_last; first += UNITS) {
-            const int units = std::min(UNITS, unit_last - first);
+        for (int first = units.first; first < units.last; first += UNITS) {
+            const int some = std::min(UNITS, units.last - first);
+            const Units then = first + UNITS < units.last ? Units{units.copy, first + UNITS, units.last} : next;
             Tiles tiles;
-            for (int j = 0; j < 4 * units; ++j) {
-                const int tile = 2 * (first + j / 4) + j % 2 + j % 4 / 2 * up;
-                tiles.add(w, copy, tile, w.tile(copy, std::min(tile + 2 * UNITS, w.tiles() - 1)));
-            }
-            multiply(w, copy, tiles, far_, in, row_list + row, rows, [&](int i, int j, Floats v) { store(products + (i * STREAMS + j) * TILE, v); });
+            for (int j = 0; j < 4 * some; ++j) tiles.add(tile(first, j), w.tile(units.copy, tile(first, j)), w.tile(then.copy, tile(then.first, j)));
+            multiply(w, units.copy, tiles, far_, in, row_list + row, rows, [&](int i, int j, Floats v) { store(products + (i * STREAMS + j) * TILE, v); });
             for (int i = 0; i < rows; ++i)
-                for (int unit = 0; unit < units; ++unit) {
+                for (int unit = 0; unit < some; ++unit) {
                     float* p = products + (i * STREAMS + 4 * unit) * TILE;
                     for (int half = 0; half < 2; ++half) store(p + half * TILE, gated(load(p + half * TILE), load(p + (2 + half) * TILE)));
                     prepare_group(p, out, out_first + row + i, first + unit);
@@ -562,9 +557,9 @@ void Network::output(Worker& me, bool drafting) {
         prepare(row, head_in_.rows, i);
     });
     me.parallel([&] { return pass_.outputs ? tasks(head_) : 0; }, [&](int i) {
-        const int first = i * run_length(head_);
-        tiles(head_, 0, first, std::min(first + run_length(head_), head_.tiles()), head_in_.rows, every_.data(), pass_.outputs,
-              [&](int r, int column, Floats v) { store(pass_.logits + int64_t(r) * padded_vocabulary() + column, v); });
+        const int run = run_length(head_), first = i * run;
+        tiles(head_, 0, first, std::min(first + run, head_.tiles()), head_in_.rows, every_.data(), pass_.outputs,
+              [&](int r, int column, Floats v) { store(pass_.logits + int64_t(r) * padded_vocabulary() + column, v); }, head_.tile(0, next_task(i) * run));
     });
     me.parallel([this] { return pass_.outputs; }, [&](int i) {
         Choice c = choose(pass_.logits + int64_t(i) * padded_vocabulary(), shape_.vocabulary, pass_.temperatures[i], pass_.uniforms[i]);

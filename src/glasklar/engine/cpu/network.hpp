@@ -75,9 +75,7 @@ using Buffer = std::vector<T>;
 struct Prepared {
     Buffer<float> wide;
     Buffer<Narrow> narrow;
-    Buffer<int8_t> bytes;
-    Buffer<float> scales;
-    Buffer<int32_t> sums;
+    Buffer<Eights> eights;
     Rows rows;
 
     void want(int kind) { kinds_ |= 1 << kind; }
@@ -86,10 +84,7 @@ struct Prepared {
         int64_t all = count * rows.width;
         if (kinds_ & 1 << FLOAT) wide.resize(all), rows.wide = wide.data();
         if (kinds_ & 1 << BF16) narrow.resize(all), rows.narrow = narrow.data();
-        if (kinds_ & (1 << INT8 | 1 << INT4)) {
-            bytes.resize(all), scales.resize(all / GROUP), sums.resize(all / GROUP);
-            rows.bytes = bytes.data(), rows.scales = scales.data(), rows.sums = sums.data();
-        }
+        if (kinds_ & (1 << INT8 | 1 << INT4)) eights.resize(all / GROUP), rows.eights = eights.data();
     }
 
    private:
@@ -163,6 +158,7 @@ class Network {
     template <class Emit>
     void tiles(const Matrix& w, int copy, int first, int last, const Rows& in, const int64_t* row_list, int count, Emit emit,
                const uint8_t* after = nullptr);
+    // Tiles of a matrix that meets the rows of all tokens, or of its copy for one head: emit(copy, token, column, values).
     template <class Emit>
     void dense(const Matrix& w, int task, const Rows& in, Emit emit);
     Floats gated(Floats gate, Floats up) const {
@@ -172,8 +168,12 @@ class Network {
         gate = smaller(gate, limit);
         return gate / (1.0f + exp(gate * -shape_.swiglu_alpha)) * (larger(smaller(up, limit), -limit) + 1.0f);
     }
-    void hidden_task(const Matrix& w, int copy, int unit_first, int unit_last, const Rows& in, const int64_t* row_list, int count,
-                     const Rows& out, int64_t out_first, Scratch& scratch);
+    // Gated hidden values [first, last) of a copy, in units of 32.
+    struct Units {
+        int copy, first, last;
+    };
+    void hidden_task(const Matrix& w, Units units, Units next, const Rows& in, const int64_t* row_list, int count, const Rows& out, int64_t out_first,
+                     Scratch& scratch);
     // Tiles of one task: enough to stream (a start costs as much as some kilobytes), as many as are read side by side where the
     // matrix has enough of them, and few enough to share out evenly.
     int run_length(const Matrix& w) const {
@@ -181,6 +181,8 @@ class Network {
         return least < STREAMS && w.tiles() * w.copies >= 8 * STREAMS * pool_.threads() ? STREAMS : least;
     }
     int tasks(const Matrix& w) const { return w.data ? (w.tiles() + run_length(w) - 1) / run_length(w) * w.copies : 0; }
+    // What a thread that takes task `i` will probably take next, the others taking theirs meanwhile.
+    int next_task(int i) const { return i + pool_.threads(); }
 
     Shape shape_;
     std::vector<Layer> layers_;
