@@ -149,6 +149,7 @@ def measure(ours: Ours, peers: Mapping[str, Peer], figure: Figure, rounds: int) 
 
     tried = {name: [timed(peer, turn) for turn in range(2)][-1] for name, peer in peers.items()}
     peer = peers[min(tried, key=tried.__getitem__)]
+    ours.warm()
     timed(ours, 0)
     pairs, shares = [], []
     for turn in range(2, rounds + 2):
@@ -176,18 +177,20 @@ def busy_row(ours: Ours, peer: Peer, alone: Row, figure: Figure, rounds: int) ->
 
 
 def start_rows(shape: str, bits: str, layers: int | None, files: Files, peer: Path | None) -> Iterator[Row]:
-    """Processes that load a model and make one token: seconds after the imports, seconds in all, and peak memory."""
+    """Processes that load a model: seconds to the first token after the imports and in all, and the peak memory after a
+    prompt of 512 tokens."""
     found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
     for _ in range(3):
         for side, results in found.items():
             command = [sys.executable, files.probe, side, "--shape", shape, "--bits", bits, "--folder", files.folder]
             command += ["--layers", str(layers)] if layers else []
             command += ["--peer", peer] if peer else []
-            begin = time.perf_counter()
+            begin = time.time()
             made = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
             if made.returncode:
                 sys.exit(made.stderr)
-            results.append(json.loads(made.stdout) | {"process": time.perf_counter() - begin})
+            found_here = json.loads(made.stdout)
+            results.append(found_here | {"process": found_here["clock"] - begin})
     best = {side: {key: min(r[key] for r in results) for key in results[0]} for side, results in found.items()}
     for key, name, unit in (("start", START, "s"), ("process", "whole process to first token", "s")):
         mine, theirs = best["ours"][key], best["peer"][key]

@@ -51,7 +51,7 @@ class Ours:
     """The pass of our engine over packed weights."""
 
     def __init__(self, files: Files, tokens: int, threads: int, cache: CacheKind = "int16") -> None:
-        self.config, self.file = files.config, files.packed
+        self.config = files.config
         library, self.model = files.open_packed(threads)
         self.network = NativeNetwork(
             library, self.model, threads=threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache, cores=cores(threads)
@@ -60,12 +60,15 @@ class Ours:
         self.rng = np.random.default_rng(0)
 
     def fill(self) -> None:
-        """Something to attend to, for figures after a context, and the file in the system's cache: the peer holds its
-        weights in memory."""
+        """Something to attend to, for figures after a context."""
         self._fill_int8() if self.network.cache_kind == "int8" else self._fill_int16()
-        with self.file.open("rb") as file:
-            while file.read(1 << 24):
-                pass
+
+    def warm(self) -> None:
+        """Goes through all pages of the weights. The peer has copied its own; ours are a file, which the system may put
+        aside while the peer fills a long context."""
+        matrices = [matrix for layer in self.model.layers for matrix in layer.matrices.values()]
+        for matrix in [*matrices, self.model.head]:
+            matrix.data.view(-1)[::4096].sum()
 
     def _fill_int16(self) -> None:
         """The same as integers, in whose lowest bits the scale lies."""
