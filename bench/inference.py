@@ -12,8 +12,8 @@ values, 8 in the head and the absorbed projections. --keep DIR keeps both sides'
 
 Beside decoding stands the share of the read bandwidth, measured in the same minute: bytes that a token passes (weights,
 and its cache) over what the memory gives to the better one of a plain sum and of reading eight streams (shared/read.c).
-Beside prefill: its rate of products over that of a large bf16 one. Start and memory are those of a process of its own
-(shared/probe.py), with the files in the system's page cache.
+Beside prefill: its rate of products over that of a large one in torch, of bf16, fp32 or int8, whichever is fastest.
+Start and memory are those of a process of its own (shared/probe.py), with the files in the system's page cache.
 """
 
 from __future__ import annotations
@@ -125,9 +125,11 @@ def reader() -> ctypes.CDLL:
 
 
 def product_rate() -> float:
-    """Operations a second of a large bf16 product."""
-    a, b = torch.ones(1024, 2048).bfloat16(), torch.ones(2048, 4096).bfloat16()
-    return 2 * 1024 * 2048 * 4096 / min(_timed(lambda: a @ b.T.contiguous().T) for _ in range(6))
+    """Operations a second of a large product, in whichever of three types torch's libraries are fastest."""
+    left, right = torch.ones(1024, 2048), torch.ones(2048, 4096)
+    ways = [functools.partial(torch.matmul, left.to(kind), right.to(kind)) for kind in (torch.bfloat16, torch.float32)]
+    ways.append(functools.partial(torch._int_mm, left.to(torch.int8), right.to(torch.int8)))
+    return 2 * left.numel() * right.shape[1] / min(_timed(way) for way in ways for _ in range(4))
 
 
 def _timed(call: Callable[[], object]) -> float:
