@@ -10,8 +10,9 @@ figures are medians, ratios medians of ratios within a round. All layers of a ki
 copy of its own: the traffic of a real model. A file has the bits that we use: 4 (Q4_0) or 8 (Q8_0) with a scale for 32
 values, 8 in the head and the absorbed projections. --keep DIR keeps both sides' files for the next time.
 
-Beside decoding stands the share of the read bandwidth, measured in the same minute: bytes that a token passes (weights,
-and its cache) over what the memory gives to the better one of a plain sum and of reading eight streams (shared/read.c).
+Beside decoding and batches stands the share of the read bandwidth, measured in the same minute: bytes that a pass reads
+(weights, of experts as many as are met at random, and the cache) over what the memory gives to the better one of a
+plain sum and of reading eight streams (shared/read.c).
 Beside prefill: its rate of products over that of a large one in torch, of bf16, fp32 or int8, whichever is fastest.
 Start and memory are those of a process of its own (shared/probe.py), with the files in the system's page cache.
 """
@@ -159,7 +160,7 @@ def measure(ours: Ours, peers: Mapping[str, Peer], figure: Figure, rounds: int) 
         pairs.append((mine, theirs))
         if turn % 4 == 2:
             if figure.tokens == 1:
-                shares.append(ours.bytes_per_token(figure.context) / mine / read_bandwidth())
+                shares.append(ours.bytes_of(figure.rows, figure.context) / mine / read_bandwidth())
             else:
                 shares.append(figure.total * ours.products_per_token / mine / product_rate())
     median = statistics.median
@@ -237,7 +238,7 @@ def rows_of(
         peers = {f"flash {flash}": Peer(weights, tokens, rows, flash, THREADS, arguments.cache) for flash in ways}
         for figure in (f for f in figures if f.rows == rows):
             mine, theirs, ratio, share = measure(ours, peers, figure, rounds)
-            limit = share if figure.rows == 1 and shape != "spark" else None
+            limit = share if shape != "spark" else None
             kept = bits if arguments.cache == "int16" else f"{bits}, cache {arguments.cache}"
             row = Row(shape, kept, figure.name, mine, theirs, ratio, figure.floor, figure.goal, limit)
             row.transformers = scale.get(figure.name)

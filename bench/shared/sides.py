@@ -124,16 +124,17 @@ class Ours:
         none = np.zeros(outputs)
         self.network.run(self.cache, ids, positions, sequences, tables, wanted, none.astype(np.float32), none)
 
-    def bytes_per_token(self, context: int = 0) -> int:
-        """Weights that one token passes, and what the cache holds of the tokens before it."""
+    def bytes_of(self, rows: int = 1, context: int = 0) -> float:
+        """What a pass of one token for each of `rows` sequences reads: weights, those of as many experts as rows meet
+        that choose theirs at random, and what the cache holds of the tokens before."""
         c = self.config
 
-        def passed(name: str, matrix: PackedMatrix) -> int:
-            share = (c.num_experts_per_tok or 0) / matrix.copies if name.startswith("experts") else 1
-            return int(matrix.data.nbytes * share)
+        def read(name: str, matrix: PackedMatrix) -> float:
+            missed = 1 - (c.num_experts_per_tok or 0) / matrix.copies if name.startswith("experts") else 0
+            return matrix.data.nbytes * (1 - missed**rows)
 
-        layers = sum(passed(name, matrix) for layer in self.model.layers for name, matrix in layer.matrices.items())
-        cache = context * self.cache.shape[0] * self.cache.shape[3] * self.cache.element_size()
+        layers = sum(read(name, matrix) for layer in self.model.layers for name, matrix in layer.matrices.items())
+        cache = rows * context * self.cache.shape[0] * self.cache.shape[3] * self.cache.element_size()
         return layers + self.model.head.data.nbytes + cache
 
     @property
@@ -142,7 +143,7 @@ class Ours:
         per_value = {"int4": 18 / 32, "int8": 34 / 32, "bfloat16": 2.0}
         head = self.model.head.data.nbytes
         kind = next(k for k, v in KINDS.items() if v == self.model.layers[-1].matrices["out"].kind)
-        return int(2 * (self.bytes_per_token() - head) / per_value[kind])
+        return int(2 * (self.bytes_of() - head) / per_value[kind])
 
 
 class PeerWeights:

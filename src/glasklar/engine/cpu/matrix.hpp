@@ -183,7 +183,7 @@ template <int KIND, int M>
 class Product {
    public:
     static constexpr int SIZE = KIND == INT4 ? 288 : KIND == INT8 ? 544 : KIND == BF16 ? 1024 : 2048;  // bytes of a group
-    static constexpr int EARLY = (AHEAD + SIZE - 1) / SIZE, LATER = EARLY * SIZE;  // groups and bytes between asking for weights and their use
+    static constexpr int EARLY = (AHEAD + SIZE - 1) / SIZE, LATER = EARLY * SIZE;  // groups, bytes from asking for weights to their use
     // Even and odd steps of floats are summed apart: two chains hide the latency when there are few rows.
     static constexpr int SUMS = KIND < INT8 ? 2 * M : M;
 
@@ -195,7 +195,7 @@ class Product {
         }
     }
 
-    // sums[tile][SUMS] += products of group g, whose weights stand at at[tile]; a group at ahead[tile] is asked for meanwhile.
+    // sums[tile][SUMS] += products of group g, whose weights stand at at[tile]. `far`: what stands there LATER is asked for meanwhile.
     template <int T>
     __attribute__((always_inline)) void add(const uint8_t* const* at, bool far, int g, Floats* sums) const {
         if constexpr (KIND < INT8) add_floats<T>(at, far, g, sums);
