@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -65,10 +66,10 @@ class Ours:
 
     def warm(self) -> None:
         """Goes through all pages of the weights. The peer has copied its own; ours are a file, which the system may put
-        aside while the peer fills a long context."""
+        aside while the peer fills a long context: then each token that is new would wait for the disk."""
         matrices = [matrix for layer in self.model.layers for matrix in layer.matrices.values()]
-        for matrix in [*matrices, self.model.head]:
-            matrix.data.view(-1)[::4096].sum()
+        for weights in [*(matrix.data for matrix in [*matrices, self.model.head]), self.model.embedding]:
+            weights.view(torch.uint8).view(-1)[::4096].sum()
 
     def _fill_int16(self) -> None:
         """The same as integers, in whose lowest bits the scale lies."""
@@ -156,6 +157,9 @@ class PeerWeights:
         self.model = llama.llama_model_load_from_file(str(files.gguf).encode(), settings)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {files.gguf}")
+        # What it has copied need not lie in memory twice, where whole networks of both sides just fit.
+        with files.gguf.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         self.llama.llama_model_free(self.model)

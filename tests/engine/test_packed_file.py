@@ -75,6 +75,26 @@ def test_what_is_mapped_is_what_is_packed(fields: dict[str, object], quantise: s
     assert biases == [m.bias is not None for layer in wanted.layers for m in layer.matrices.values()]
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell how it reads a mapping")
+def test_of_the_embedding_the_system_reads_single_pages(tmp_path: Path) -> None:
+    model = opened(folder_of(tmp_path / "model", {**MLA, "vocab_size": 1000}), tmp_path / "cache")
+
+    def flags(address: int) -> list[str]:
+        inside, found = False, []
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name = line.split()[0]
+            if "-" in name and not name.endswith(":"):
+                begin, end = (int(part, 16) for part in name.split("-"))
+                inside = begin <= address < end
+            elif inside and name == "VmFlags:":
+                found = line.split()[1:]
+        return found
+
+    single = "rr"  # of MADV_RANDOM
+    assert single in flags(model.embedding.data_ptr() + model.embedding.nbytes // 2)
+    assert single not in flags(model.layers[1].matrices["experts_gate_up"].data.data_ptr() + 8192)
+
+
 def test_any_damage_is_found_and_the_file_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, cache = folder_of(tmp_path / "model", MLA), tmp_path / "cache"
     sound = {name: tensor.clone() for name, tensor in opened(folder, cache).tensors()}

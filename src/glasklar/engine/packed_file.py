@@ -213,7 +213,9 @@ def open_file(path: Path, key: str, config: ModelConfig, library: ctypes.CDLL, t
                 write_atomic(checked, identity.encode())
             except (CapacityError, CheckpointError) as problem:  # a full disk, a folder that is for reading only
                 log.info("%s; the next start checks the packed weights again", problem)
-    return _assembled(json.loads(stated["layout"]), tensors, config, library)
+    model = _assembled(json.loads(stated["layout"]), tensors, config, library)
+    library.glasklar_read_singly(model.embedding.data_ptr(), model.embedding.nbytes)
+    return model
 
 
 def _identity(path: Path) -> str | None:

@@ -86,7 +86,7 @@ class Pass(Struct):
     ]  # fmt: skip
 
 
-VERSION = 4  # of network.cpp
+VERSION = 5  # of network.cpp
 SIZES = [ctypes.sizeof(struct) for struct in (Matrix, Embedding, Shape, Layer, Draft, Pass)]
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -97,6 +97,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "glasklar_pass": (None, [p, p]),
     "glasklar_row_bytes": (i32, [p]),
     "glasklar_tile_bytes": (i64, [i32, i32]),
+    "glasklar_read_singly": (None, [p, i64]),
     "glasklar_digest": (ctypes.c_uint64, [p, i64]),
     "glasklar_pack": (None, [i32, i32, p, i64, i32, i32, i32, i32, p]),
     "glasklar_unpack": (None, [p, i32, p]),

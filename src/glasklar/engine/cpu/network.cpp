@@ -3,6 +3,10 @@
 
 #include "pack.hpp"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace glasklar {
 
 Network::Network(const Shape& shape, const Layer* layers, const Embedding& embedding, const float* final_norm, const Matrix& head, const Draft* draft,
@@ -597,7 +601,7 @@ EXPORT int glasklar_tier() {
 #else
 #define BUILT_FOR 0
 #endif
-constexpr int32_t VERSION = 4;
+constexpr int32_t VERSION = 5;
 EXPORT void glasklar_layout(int32_t* layout) {
     const int32_t found[] = {VERSION, BUILT_FOR, sizeof(Matrix), sizeof(Embedding), sizeof(Shape), sizeof(Layer), sizeof(Draft), sizeof(Pass)};
     std::memcpy(layout, found, sizeof found);
@@ -615,6 +619,17 @@ EXPORT void glasklar_pass(Network* network, const Pass* pass) { network->run(*pa
 EXPORT int glasklar_row_bytes(const Network* network) { return network->row_bytes(); }
 
 EXPORT int64_t glasklar_tile_bytes(int kind, int inputs) { return tile_bytes(kind, inputs); }
+
+// For a mapped file of which single rows are read, anywhere: the system fetches all of it in the background, and what it puts
+// aside later by the page that is asked for. Else each such row brings its surroundings, megabytes of them on some machines.
+EXPORT void glasklar_read_singly(const uint8_t* data, int64_t size) {
+#if defined(__linux__)
+    const int64_t before = reinterpret_cast<uintptr_t>(data) % sysconf(_SC_PAGESIZE);
+    for (const int advice : {MADV_WILLNEED, MADV_RANDOM}) madvise(const_cast<uint8_t*>(data) - before, size + before, advice);
+#else
+    (void)data, (void)size;
+#endif
+}
 
 // A number that any damage to the bytes changes: finds bad disks and half-written files, at the speed of memory.
 EXPORT uint64_t glasklar_digest(const uint8_t* data, int64_t size) {
