@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peer_state import repeated
 from random_model import Files
 
 from glasklar.engine.cpu.library import CacheKind
@@ -213,10 +215,22 @@ class Peer:
             self.filled = (1, 0)
         else:  # later tokens of the figure before
             self.llama.llama_memory_seq_rm(self.memory, 0, self.filled[1], -1)
-        for first in range(self.filled[1], figure.context, PASS_TOKENS):
-            last = min(first + PASS_TOKENS, figure.context)
-            self._decode([(0, position) for position in range(first, last)])
+        done = min(max(self.filled[1], PASS_TOKENS), figure.context)
+        if done > self.filled[1]:
+            self._decode([(0, position) for position in range(self.filled[1], done)])
+        if done < figure.context:
+            self._repeat(figure.context)
         self.filled = wanted
+
+    def _repeat(self, tokens: int) -> None:
+        """What the cache holds, again and again up to so many tokens."""
+        llama = self.llama
+        state = np.empty(llama.llama_state_seq_get_size(self.context, 0), np.uint8)
+        pointer = ctypes.POINTER(ctypes.c_uint8)
+        llama.llama_state_seq_get_data(self.context, state.ctypes.data_as(pointer), state.size, 0)
+        state = repeated(state, tokens)
+        if llama.llama_state_seq_set_data(self.context, state.ctypes.data_as(pointer), state.size, 0) != state.size:
+            raise RuntimeError(f"llama.cpp did not take a state of {tokens} tokens")
 
     def _decode(self, tokens: list[tuple[int, int]], outputs: bool = False) -> None:
         batch = self.batch
