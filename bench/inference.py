@@ -183,17 +183,17 @@ def start_rows(shape: str, bits: str, layers: int | None, files: Files, peer: Pa
     """Processes that load a model: seconds to the first token after the imports and in all, and the peak memory after a
     prompt of 512 tokens."""
     found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
-    for _ in range(3):
-        for side, results in found.items():
-            command = [sys.executable, files.probe, side, "--shape", shape, "--bits", bits, "--folder", files.folder]
-            command += ["--layers", str(layers)] if layers else []
-            command += ["--peer", peer] if peer else []
+    for side in 2 * [*found]:
+        command = [sys.executable, files.probe, side, "--shape", shape, "--bits", bits, "--folder", files.folder]
+        command += ["--layers", str(layers)] if layers else []
+        command += ["--peer", peer] if peer else []
+        for _ in range(2):  # after the other side's process the system may have put aside what this one reads
             begin = time.time()
             made = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
             if made.returncode:
                 sys.exit(made.stderr)
             found_here = json.loads(made.stdout)
-            results.append(found_here | {"process": found_here["clock"] - begin})
+            found[side].append(found_here | {"process": found_here["clock"] - begin})
     best = {side: {key: min(r[key] for r in results) for key in results[0]} for side, results in found.items()}
     for key, name, unit in (("start", START, "s"), ("process", "whole process to first token", "s")):
         mine, theirs = best["ours"][key], best["peer"][key]
@@ -230,7 +230,7 @@ def rows_of(
     scale = transformers_speeds(shape, layers) if arguments.transformers else {}
     tokens = max(f.rows * (f.context + f.tokens + 2 * rounds + 80) for f in figures)
     tokens = -(-tokens // 256) * 256
-    weights, ours = PeerWeights(llama, files), Ours(files, tokens, THREADS, arguments.cache)
+    weights, ours = PeerWeights(llama, files, mapped=False), Ours(files, tokens, THREADS, arguments.cache)
     ours.fill()
     for rows in sorted({f.rows for f in figures}):
         # llama.cpp has small values in its cache only with its fused attention.

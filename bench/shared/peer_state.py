@@ -26,7 +26,7 @@ class Reader:
 
     def take(self, size: int) -> Bytes:
         if size > len(self.data) - self.at:
-            raise ValueError(f"llama.cpp's saved state ends within {size} bytes at {self.at}: another layout than known")
+            raise ValueError(f"llama.cpp's saved state ends at {len(self.data)}: of another layout than known")
         self.at += size
         return self.data[self.at - size : self.at]
 

@@ -30,7 +30,7 @@ def start(side: str, files: Files, peer: Path | None) -> dict[str, float]:
         runner: Ours | Peer = (ours := Ours(files, CACHE_TOKENS, THREADS))
         weights = ours.model.nbytes
     else:
-        runner = Peer(PeerWeights(llama, files), CACHE_TOKENS, 1, 0, THREADS)
+        runner = Peer(PeerWeights(llama, files, mapped=True), CACHE_TOKENS, 1, 0, THREADS)
         weights = files.gguf.stat().st_size
     runner.run(FIRST, 0)
     seconds, clock = time.perf_counter() - begin, time.time()
