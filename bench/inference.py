@@ -152,7 +152,6 @@ def measure(ours: Ours, peers: Mapping[str, Peer], figure: Figure, rounds: int) 
 
     tried = {name: [timed(peer, turn) for turn in range(2)][-1] for name, peer in peers.items()}
     peer = peers[min(tried, key=tried.__getitem__)]
-    ours.warm()
     timed(ours, 0)
     pairs, shares = [], []
     for turn in range(2, rounds + 2):
@@ -232,6 +231,7 @@ def rows_of(
     tokens = -(-tokens // 256) * 256
     weights, ours = PeerWeights(llama, files, mapped=False), Ours(files, tokens, THREADS, arguments.cache)
     ours.fill()
+    ours.lock()
     for rows in sorted({f.rows for f in figures}):
         # llama.cpp has small values in its cache only with its fused attention.
         ways = (1,) if arguments.cache == "int8" else (0, 1)

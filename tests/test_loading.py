@@ -12,7 +12,7 @@ import torch
 
 from glasklar import api
 from glasklar.errors import CheckpointError, RequestError
-from glasklar.loading import load
+from glasklar.loading import load, open_folder
 from glasklar.model.checkpoint import save_model
 from glasklar.model.config import ModelConfig
 from glasklar.model.init import build
@@ -84,6 +84,12 @@ def test_a_folder_without_a_tokenizer_speaks_ids(folder: Path) -> None:
         api.generate(model, "hello", None, **settings)
     with pytest.raises(RequestError, match="whole numbers"):
         api.generate(model, None, "1;2", **settings)
+
+
+def test_only_packed_weights_are_kept_in_memory(folder: Path) -> None:
+    assert open_folder(folder, Runtime(), quantize="int4", locked=True).locked
+    with pytest.raises(CheckpointError, match="it goes with --quantize"):
+        open_folder(folder, Runtime(), locked=True)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from random_model import Files
 from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, PackedMatrix
+from glasklar.errors import CapacityError
 from glasklar.runtime import cores
 
 PAGE, PASS_TOKENS, Q8_0 = 16, 512, 8
@@ -66,12 +67,13 @@ class Ours:
         """Something to attend to, for figures after a context."""
         self._fill_int8() if self.network.cache_kind == "int8" else self._fill_int16()
 
-    def warm(self) -> None:
-        """Goes through all pages of the weights. The peer has copied its own; ours are a file, which the system may put
-        aside while the peer fills a long context: then each token that is new would wait for the disk."""
-        matrices = [matrix for layer in self.model.layers for matrix in layer.matrices.values()]
-        for weights in [*(matrix.data for matrix in [*matrices, self.model.head]), self.model.embedding]:
-            weights.view(torch.uint8).view(-1)[::4096].sum()
+    def lock(self) -> None:
+        """Keeps our weights in memory, as the peer's are: its copy is no file. Else the system puts some of ours aside
+        while the peer works, and where whole networks of both just fit, most tokens wait for the disk."""
+        try:
+            self.model.lock()
+        except CapacityError as error:
+            print(f"{error}; figures may include reading from the disk", file=sys.stderr)
 
     def _fill_int16(self) -> None:
         """The same as integers, in whose lowest bits the scale lies."""

@@ -132,6 +132,9 @@ def serve(
     ] = None,
     dtype: DType = None,
     quantize: Quantize = None,
+    mlock: Annotated[
+        bool, typer.Option("--mlock", help="Keep quantized weights in memory, also while nobody asks")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Serve a model: OpenAI-compatible API and a page."""
@@ -155,7 +158,7 @@ def serve(
     )
     runtime = _runtime(threads)
     place = find_model(model, _home())
-    found = open_folder(place, runtime, dtype, quantize, packed_under(_home()), cache_type)
+    found = open_folder(place, runtime, dtype, quantize, packed_under(_home()), cache_type, mlock)
     folder = found.folder.parent
     run = folder if (folder / "metrics.jsonl").is_file() else None
     run_server(

@@ -39,6 +39,7 @@ class ModelFolder:
     quantize    "int8" or "int4": its weights are packed for the engine while they are read
     cache       where packed weights are kept for the next start, if anywhere
     cache_kind  what the engine's cache holds of a token (`Engine`)
+    locked      packed weights are kept in memory (`PackedModel.lock`)
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class ModelFolder:
     quantize: str | None = None
     cache: Path | None = None
     cache_kind: CacheKind | None = None
+    locked: bool = False
 
     @property
     def name(self) -> str:
@@ -170,6 +172,7 @@ def open_folder(
     quantize: str | None = None,
     cache: Path | None = None,
     cache_kind: str | None = None,
+    locked: bool = False,
 ) -> ModelFolder:
     """What `load` loads, but for the weights."""
     folder = Path(folder)
@@ -184,11 +187,13 @@ def open_folder(
             raise CheckpointError(f"quantize = {quantize!r}: use one of {', '.join(get_args(Quantisation))}")
         if dtype is not None or runtime.device != "cpu":
             raise CheckpointError(f"quantize = {quantize!r} goes without dtype, and on the CPU; leave one of them out")
+    elif locked:
+        raise CheckpointError("--mlock keeps packed weights in memory: it goes with --quantize int8 or int4")
     config = read_config(folder)
     tokenizer = open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     return ModelFolder(
         folder=folder, config=config, tokenizer=tokenizer, runtime=runtime, quantize=quantize, cache=cache,
-        cache_kind=cast(CacheKind | None, cache_kind),
+        cache_kind=cast(CacheKind | None, cache_kind), locked=locked,
     )  # fmt: skip
 
 

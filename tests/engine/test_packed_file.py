@@ -95,6 +95,31 @@ def test_of_the_embedding_the_system_reads_single_pages(tmp_path: Path) -> None:
     assert single not in flags(model.layers[1].matrices["experts_gate_up"].data.data_ptr() + 8192)
 
 
+def test_weights_stay_in_memory_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened(folder_of(tmp_path / "model", MLA), tmp_path / "cache")
+
+    def kept() -> int:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmLck:"))
+
+    before = kept()
+    try:
+        model.lock()
+    except CapacityError:
+        pytest.skip("the system keeps nothing in memory for this user")
+    assert kept() - before >= model.nbytes
+
+    class Nowhere:
+        nbytes = 4096
+
+        def data_ptr(self) -> int:
+            return 4096
+
+    monkeypatch.setattr(model, "tensors", lambda: [("nowhere", Nowhere())])
+    with pytest.raises(CapacityError, match=r"Cannot allocate memory.+ulimit -l"):
+        model.lock()
+
+
 def test_any_damage_is_found_and_the_file_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, cache = folder_of(tmp_path / "model", MLA), tmp_path / "cache"
     sound = {name: tensor.clone() for name, tensor in opened(folder, cache).tensors()}

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 from made import make_model
 
+from glasklar.engine import packed_file
+from glasklar.engine.cpu import library
 from glasklar.engine.engine import Engine
 from glasklar.engine.request import SamplingParams, TokenEvent
 from glasklar.errors import BusyError, CapacityError, CheckpointError, RequestError
-from glasklar.loading import Model, load
+from glasklar.loading import Model, load, open_folder
 from glasklar.runtime import Runtime
 from glasklar.serve.grammar import GuideSpec
 from glasklar.serve.limits import Limits
@@ -276,6 +278,24 @@ def test_loading_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glasklar.serve.worker.LOADING_SECONDS", -1.0)
     paced(5, 10)
     assert sent == [Loading(done=5, total=10)]
+
+
+@pytest.mark.skipif(library.best() is None, reason="the C++ pass is not compiled")
+def test_weights_stay_in_its_memory_where_asked(model: Model, tmp_path: Path) -> None:
+    folder = open_folder(model.folder, Runtime(), quantize="int8", cache=tmp_path, locked=True)
+    try:
+        service = ModelService(folder)
+    except CapacityError as error:
+        if "ulimit -l" not in str(error):
+            raise
+        pytest.skip("the system keeps nothing in memory for this user")
+    try:
+        status = Path(f"/proc/{service.status['pid']}/status").read_text()
+        kept = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmLck:"))
+        [packed] = tmp_path.glob("*.safetensors")
+        assert kept >= packed.stat().st_size - packed_file.HEADER > 0
+    finally:
+        service.close()
 
 
 def test_it_does_not_outlive_its_server(model: Model, tmp_path: Path) -> None:

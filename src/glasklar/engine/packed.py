@@ -7,6 +7,7 @@ that the next start maps into memory without reading it.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -309,6 +310,18 @@ class PackedModel:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.tensors())
+
+    def lock(self) -> None:
+        """Reads what of the weights is not in memory, and keeps it there: of a mapped file the system puts aside what
+        has not been read for a while, first of all. Raises CapacityError."""
+        mlock = ctypes.CDLL(None, use_errno=True).mlock
+        mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        for _, tensor in self.tensors():
+            if mlock(tensor.data_ptr(), tensor.nbytes):
+                raise CapacityError(
+                    f"the system does not keep {self.nbytes / 1e9:.2f} GB of weights in memory"
+                    f" ({os.strerror(ctypes.get_errno())}): raise the limit (ulimit -l), or leave out --mlock"
+                )
 
 
 def pack(

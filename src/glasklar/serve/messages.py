@@ -25,8 +25,8 @@ _LENGTH = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The first message: which model, computed how. `max_slots`, `max_tokens`, `cache_kind`: see `Engine`; `pages`:
-    folder of the cache's pages on disk, at most `disk_bytes`."""
+    """The first message: which model, computed how. `max_slots`, `max_tokens`, `cache_kind`: see `Engine`; `locked`:
+    see `PackedModel.lock`; `pages`: folder of the cache's pages on disk, at most `disk_bytes`."""
 
     folder: str
     device: str
@@ -37,6 +37,7 @@ class Start:
     quantize: str | None = None
     cache: str | None = None
     cache_kind: CacheKind | None = None
+    locked: bool = False
     pages: str | None = None
     disk_bytes: int = 0
 

@@ -376,6 +376,7 @@ def _start(model: ModelFolder, limits: Limits, pages: Path | None) -> Start:
         quantize=model.quantize,
         cache=None if model.cache is None else str(model.cache),
         cache_kind=model.cache_kind,
+        locked=model.locked,
         pages=str(pages) if limits.disk_bytes else None,
         disk_bytes=limits.disk_bytes,
     )
