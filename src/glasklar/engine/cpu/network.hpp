@@ -5,6 +5,8 @@
 // up-projections absorbed, DeepSeek-V3 (arXiv 2412.19437) eq. 12-16. Shape suffixes: see model/config.py.
 #pragma once
 
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "attention.hpp"
@@ -68,8 +70,35 @@ struct Pass {
     float* hidden;             // [tokens, width] or null: where the normalised states of all tokens go
 };
 
+// Memory whose pages the system gives, zeroed, when they are first met: one token touches little of what 512 need. Begins at a line
+// of the caches.
 template <class T>
-using Buffer = std::vector<T>;
+struct Lazy {
+    typedef T value_type;
+    Lazy() = default;
+    template <class U>
+    Lazy(const Lazy<U>&) {}
+    T* allocate(size_t count) {
+        char* memory = static_cast<char*>(std::calloc(1, count * sizeof(T) + sizeof(void*) + 64));
+        if (!memory) throw std::bad_alloc();
+        const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + sizeof(void*) + 63) / 64 * 64;
+        reinterpret_cast<void**>(begin)[-1] = memory;
+        return reinterpret_cast<T*>(begin);
+    }
+    void deallocate(T* begin, size_t) { std::free(reinterpret_cast<void**>(begin)[-1]); }
+    // What a vector grows by is zero already.
+    template <class U>
+    void construct(U*) {}
+    template <class U, class... Values>
+    void construct(U* place, Values&&... values) {
+        new (place) U(std::forward<Values>(values)...);
+    }
+    bool operator==(const Lazy&) const { return true; }
+    bool operator!=(const Lazy&) const { return false; }
+};
+
+template <class T>
+using Buffer = std::vector<T, Lazy<T>>;
 
 // Rows of activations in the forms that some matrices ask for.
 struct Prepared {
