@@ -14,6 +14,7 @@ Beside decoding and batches stands the share of the read bandwidth, measured in 
 (weights, of experts as many as are met at random, and the cache) over what the memory gives to the better one of a
 plain sum and of reading eight streams (shared/read.c).
 Beside prefill: its rate of products over that of a large one in torch, of bf16, fp32 or int8, whichever is fastest.
+A long context of llama.cpp is a short one again and again (shared/peer_state.py).
 Start and memory are those of a process of its own (shared/probe.py), with the files in the system's page cache.
 """
 

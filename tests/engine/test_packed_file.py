@@ -103,11 +103,14 @@ def test_weights_stay_in_memory_where_asked(tmp_path: Path, monkeypatch: pytest.
         return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmLck:"))
 
     before = kept()
+    told: list[tuple[int, int]] = []
     try:
-        model.lock()
+        model.lock(lambda done, total: told.append((done, total)))
     except CapacityError:
         pytest.skip("the system keeps nothing in memory for this user")
     assert kept() - before >= model.nbytes
+    assert told == sorted(told)
+    assert told[-1] == (model.nbytes, model.nbytes)
 
     class Nowhere:
         nbytes = 4096

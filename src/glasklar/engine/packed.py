@@ -311,17 +311,20 @@ class PackedModel:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.tensors())
 
-    def lock(self) -> None:
+    def lock(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Reads what of the weights is not in memory, and keeps it there: of a mapped file the system puts aside what
-        has not been read for a while, first of all. Raises CapacityError."""
+        has not been read for a while, first of all. `progress` is told bytes. Raises CapacityError."""
         mlock = ctypes.CDLL(None, use_errno=True).mlock
         mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        done = 0
         for _, tensor in self.tensors():
             if mlock(tensor.data_ptr(), tensor.nbytes):
                 raise CapacityError(
                     f"the system does not keep {self.nbytes / 1e9:.2f} GB of weights in memory"
                     f" ({os.strerror(ctypes.get_errno())}): raise the limit (ulimit -l), or leave out --mlock"
                 )
+            done += tensor.nbytes
+            progress(done, self.nbytes)
 
 
 def pack(

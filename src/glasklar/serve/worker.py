@@ -233,7 +233,7 @@ def open_model(message: Start, progress: Callable[[int, int], None]) -> tuple[Mo
     model = load(message.folder, runtime, quantize=message.quantize, cache=cache, progress=progress)
     if message.locked:
         assert isinstance(model.network, PackedModel), "`open_folder` lets no other be locked"
-        model.network.lock()
+        model.network.lock(progress)
     spill = None
     if message.pages is not None:
         form = message.quantize or str(runtime.dtype)
