@@ -87,9 +87,10 @@ def test_a_folder_without_a_tokenizer_speaks_ids(folder: Path) -> None:
 
 
 def test_only_packed_weights_are_kept_in_memory(folder: Path) -> None:
-    assert open_folder(folder, Runtime(), quantize="int4", locked=True).locked
-    with pytest.raises(CheckpointError, match="it goes with --quantize"):
-        open_folder(folder, Runtime(), locked=True)
+    assert open_folder(folder, Runtime(), quantize="int4", cache=folder, locked=True).locked
+    for settings in ({}, {"quantize": "int4"}):
+        with pytest.raises(CheckpointError, match="use --quantize"):
+            open_folder(folder, Runtime(), **settings, locked=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

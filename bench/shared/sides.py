@@ -18,6 +18,7 @@ from random_model import Files
 from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, PackedMatrix
+from glasklar.engine.packed_file import lock
 from glasklar.errors import CapacityError
 from glasklar.runtime import cores
 
@@ -55,7 +56,7 @@ class Ours:
     """The pass of our engine over packed weights."""
 
     def __init__(self, files: Files, tokens: int, threads: int, cache: CacheKind = "int16") -> None:
-        self.config = files.config
+        self.config, self.packed = files.config, files.packed
         library, self.model = files.open_packed(threads)
         self.network = NativeNetwork(
             library, self.model, threads=threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache, cores=cores(threads)
@@ -71,7 +72,7 @@ class Ours:
         """Keeps our weights in memory, as the peer's are: its copy is no file. Else the system puts some of ours aside
         while the peer works, and where whole networks of both just fit, most tokens wait for the disk."""
         try:
-            self.model.lock()
+            self.model.held = lock(self.packed)
         except CapacityError as error:
             print(f"{error}; figures may include reading from the disk", file=sys.stderr)
 
@@ -165,7 +166,7 @@ class PeerWeights:
         self.model = llama.llama_model_load_from_file(str(files.gguf).encode(), settings)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {files.gguf}")
-        if not mapped:
+        if not mapped and hasattr(os, "posix_fadvise"):
             with files.gguf.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -233,7 +234,8 @@ class Peer:
         llama = self.llama
         state = np.empty(llama.llama_state_seq_get_size(self.context, 0), np.uint8)
         pointer = ctypes.POINTER(ctypes.c_uint8)
-        llama.llama_state_seq_get_data(self.context, state.ctypes.data_as(pointer), state.size, 0)
+        if llama.llama_state_seq_get_data(self.context, state.ctypes.data_as(pointer), state.size, 0) != state.size:
+            raise RuntimeError("llama.cpp did not give its state")
         state = repeated(state, tokens)
         if llama.llama_state_seq_set_data(self.context, state.ctypes.data_as(pointer), state.size, 0) != state.size:
             raise RuntimeError(f"llama.cpp did not take a state of {tokens} tokens")

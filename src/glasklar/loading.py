@@ -39,7 +39,7 @@ class ModelFolder:
     quantize    "int8" or "int4": its weights are packed for the engine while they are read
     cache       where packed weights are kept for the next start, if anywhere
     cache_kind  what the engine's cache holds of a token (`Engine`)
-    locked      packed weights are kept in memory (`PackedModel.lock`)
+    locked      kept packed weights stay in memory
     """
 
     folder: Path
@@ -142,6 +142,7 @@ def load(
     *,
     quantize: str | None = None,
     cache: Path | None = None,
+    locked: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Model:
     """Loads network and tokenizer of a Hugging Face folder, piece by piece.
@@ -149,9 +150,10 @@ def load(
     dtype      "float32" or "bfloat16" (else the runtime's)
     quantize   "int8" or "int4" instead; what is not packed (the embedding table) stays as it is stored
     cache      where quantised weights are kept, so that the next start maps them into memory; None: nowhere
+    locked     they stay in memory, also while they are not used
     progress   is told bytes read and bytes in all
     """
-    found = open_folder(folder, runtime, dtype, quantize, cache)
+    found = open_folder(folder, runtime, dtype, quantize, cache, locked=locked)
     runtime = found.runtime
     network: Transformer | PackedModel
     if quantize is None:
@@ -161,7 +163,8 @@ def load(
     elif cache is None:
         network = load_packed(found.folder, quantize, threads=runtime.threads, progress=progress)
     else:
-        network = kept_packed(found.folder, quantize, cache=cache, threads=runtime.threads, progress=progress)
+        threads = runtime.threads
+        network = kept_packed(found.folder, quantize, cache=cache, threads=threads, locked=locked, progress=progress)
     return Model(**vars(found) | {"network": network, "config": network.config})
 
 
@@ -187,8 +190,8 @@ def open_folder(
             raise CheckpointError(f"quantize = {quantize!r}: use one of {', '.join(get_args(Quantisation))}")
         if dtype is not None or runtime.device != "cpu":
             raise CheckpointError(f"quantize = {quantize!r} goes without dtype, and on the CPU; leave one of them out")
-    elif locked:
-        raise CheckpointError("--mlock keeps packed weights in memory: it goes with --quantize int8 or int4")
+    if locked and (quantize is None or cache is None):
+        raise CheckpointError("--mlock is for packed weights that are kept in a file: use --quantize int8 or int4")
     config = read_config(folder)
     tokenizer = open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     return ModelFolder(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -95,32 +97,38 @@ def test_of_the_embedding_the_system_reads_single_pages(tmp_path: Path) -> None:
     assert single not in flags(model.layers[1].matrices["experts_gate_up"].data.data_ptr() + 8192)
 
 
-def test_weights_stay_in_memory_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = opened(folder_of(tmp_path / "model", MLA), tmp_path / "cache")
-
-    def kept() -> int:
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists() or 0 <= resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] < 1 << 22,
+    reason="the system does not tell what it keeps in memory, or keeps too little",
+)
+def test_a_file_stays_in_memory_where_asked(tmp_path: Path) -> None:
+    def state(name: str) -> int:
         status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmLck:"))
+        return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(name))
 
-    before = kept()
+    folder = folder_of(tmp_path / "model", {**MLA, "vocab_size": 2000})
+    opened(folder, tmp_path / "cache")
+    kept, own = state("VmLck:"), state("RssAnon:")
     told: list[tuple[int, int]] = []
-    try:
-        model.lock(lambda done, total: told.append((done, total)))
-    except CapacityError:
-        pytest.skip("the system keeps nothing in memory for this user")
-    assert kept() - before >= model.nbytes
-    assert told == sorted(told)
-    assert told[-1] == (model.nbytes, model.nbytes)
+    progress = lambda done, total: told.append((done, total))  # noqa: E731
+    model = kept_packed(folder, "int4", cache=tmp_path / "cache", threads=2, locked=True, progress=progress)
+    [file] = (tmp_path / "cache").glob("*.safetensors")
+    size = file.stat().st_size
+    assert size > 1 << 20
+    assert state("VmLck:") - kept >= size
+    assert state("RssAnon:") - own < size // 2, "the pages of the file itself, no copies"
+    assert told[-1] == (size, size)
+    del model
+    gc.collect()
+    assert state("VmLck:") == kept
 
-    class Nowhere:
-        nbytes = 4096
 
-        def data_ptr(self) -> int:
-            return 4096
-
-    monkeypatch.setattr(model, "tensors", lambda: [("nowhere", Nowhere())])
-    with pytest.raises(CapacityError, match=r"Cannot allocate memory.+ulimit -l"):
-        model.lock()
+def test_what_cannot_stay_in_memory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(bytes(1 << 16))
+    real = packed_file._pieces
+    monkeypatch.setattr(packed_file, "_pieces", lambda size: ((begin + (1 << 62), n) for begin, n in real(size)))
+    with pytest.raises(CapacityError, match=r"file: the system does not keep 0.00 GB in memory .+ulimit -l"):
+        packed_file.lock(tmp_path / "file")
 
 
 def test_any_damage_is_found_and_the_file_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,6 @@ that the next start maps into memory without reading it.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -287,6 +286,7 @@ class PackedModel:
 
     draft       the module that guesses ahead, where the model has one and it is wanted
     precision   of the projections: a name in KINDS
+    held        keeps a mapped file in memory while it lives (`packed_file.lock`)
     """
 
     config: ModelConfig
@@ -296,6 +296,7 @@ class PackedModel:
     layers: list[PackedLayer]
     draft: PackedDraft | None = None
     precision: str = "bfloat16"
+    held: object = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name."""
@@ -310,21 +311,6 @@ class PackedModel:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.tensors())
-
-    def lock(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Reads what of the weights is not in memory, and keeps it there: of a mapped file the system puts aside what
-        has not been read for a while, first of all. `progress` is told bytes. Raises CapacityError."""
-        mlock = ctypes.CDLL(None, use_errno=True).mlock
-        mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        done = 0
-        for _, tensor in self.tensors():
-            if mlock(tensor.data_ptr(), tensor.nbytes):
-                raise CapacityError(
-                    f"the system does not keep {self.nbytes / 1e9:.2f} GB of weights in memory"
-                    f" ({os.strerror(ctypes.get_errno())}): raise the limit (ulimit -l), or leave out --mlock"
-                )
-            done += tensor.nbytes
-            progress(done, self.nbytes)
 
 
 def pack(

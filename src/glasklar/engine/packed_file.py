@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -59,18 +61,27 @@ def kept_packed(
     *,
     cache: Path,
     threads: int,
+    locked: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PackedModel:
     """As `load_packed`, but from `cache` if the same weights were packed before, else packed and kept there.
+
+    locked   the file stays in memory while the model lives (`lock`)
 
     Packing needs the memory of the largest layer. Errors as there, and CapacityError where the disk is full.
     """
     opened, packer = open_checkpoint(folder), packer_of(precision, threads)
     key = key_of(folder, precision)
     path = cache / f"{key}.safetensors"
+
+    def found() -> PackedModel:
+        model = open_file(path, key, opened.config, packer.library, threads)
+        model.held = lock(path, progress) if locked else None
+        return model
+
     if path.exists():
         try:
-            return open_file(path, key, opened.config, packer.library, threads)
+            return found()
         except Damaged as problem:
             log.warning("%s: %s; the packed weights are made again", path, problem)
     with writing(cache):
@@ -78,7 +89,29 @@ def kept_packed(
     opened.check_copies()
     write_file(path, key, opened.config, Source(opened, progress), packer)
     progress(opened.nbytes, opened.nbytes)
-    return open_file(path, key, opened.config, packer.library, threads)
+    return found()
+
+
+def lock(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> mmap.mmap:
+    """Reads a file and keeps it in memory while the result lives; `progress` is told bytes. Of mapped files the system
+    puts aside what has not been read for a while, first of all. Raises CapacityError.
+
+    This is one more mapping, shared and for reading only: that of the tensors is private and writable, and the system
+    would copy each page that is to stay there."""
+    with path.open("rb") as file:
+        held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = np.frombuffer(held, np.uint8).ctypes.data
+    mlock = ctypes.CDLL(None, use_errno=True).mlock
+    mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    for begin, size in _pieces(len(held)):
+        if mlock(start + begin, size):
+            why = os.strerror(ctypes.get_errno())
+            raise CapacityError(
+                f"{path}: the system does not keep {len(held) / 1e9:.2f} GB in memory ({why}): raise its limit"
+                " (ulimit -l), make room, or start without --mlock"
+            )
+        progress(begin + size, len(held))
+    return held
 
 
 def key_of(folder: Path, precision: str) -> str:

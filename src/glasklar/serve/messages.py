@@ -26,7 +26,7 @@ _LENGTH = 4
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """The first message: which model, computed how. `max_slots`, `max_tokens`, `cache_kind`: see `Engine`; `locked`:
-    see `PackedModel.lock`; `pages`: folder of the cache's pages on disk, at most `disk_bytes`."""
+    see `load`; `pages`: folder of the cache's pages on disk, at most `disk_bytes`."""
 
     folder: str
     device: str

@@ -224,16 +224,14 @@ def open_model(message: Start, progress: Callable[[int, int], None]) -> tuple[Mo
     threads = prepare(message.threads)
     runtime = start(threads, device=message.device, compute=message.compute)  # type: ignore[arg-type]
     from glasklar.engine.engine import Engine
-    from glasklar.engine.packed import PackedModel
     from glasklar.engine.packed_file import key_of
     from glasklar.engine.spill import SpillConfig
     from glasklar.loading import load
 
     cache = None if message.cache is None else Path(message.cache)
-    model = load(message.folder, runtime, quantize=message.quantize, cache=cache, progress=progress)
-    if message.locked:
-        assert isinstance(model.network, PackedModel), "`open_folder` lets no other be locked"
-        model.network.lock(progress)
+    model = load(
+        message.folder, runtime, quantize=message.quantize, cache=cache, locked=message.locked, progress=progress
+    )
     spill = None
     if message.pages is not None:
         form = message.quantize or str(runtime.dtype)

@@ -620,12 +620,12 @@ EXPORT int glasklar_row_bytes(const Network* network) { return network->row_byte
 
 EXPORT int64_t glasklar_tile_bytes(int kind, int inputs) { return tile_bytes(kind, inputs); }
 
-// For a mapped file of which single rows are read, anywhere: the system fetches all of it in the background, and what it puts
-// aside later by the page that is asked for. Else each such row brings its surroundings, megabytes of them on some machines.
+// For a mapped file of which single rows are read, anywhere: the system reads the page that is asked for. Else each row that is not in
+// memory brings its surroundings, megabytes of them on some machines.
 EXPORT void glasklar_read_singly(const uint8_t* data, int64_t size) {
 #if defined(__linux__)
     const int64_t before = reinterpret_cast<uintptr_t>(data) % sysconf(_SC_PAGESIZE);
-    for (const int advice : {MADV_WILLNEED, MADV_RANDOM}) madvise(const_cast<uint8_t*>(data) - before, size + before, advice);
+    madvise(const_cast<uint8_t*>(data) - before, size + before, MADV_RANDOM);
 #else
     (void)data, (void)size;
 #endif
