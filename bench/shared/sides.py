@@ -69,12 +69,14 @@ class Ours:
         self._fill_int8() if self.network.cache_kind == "int8" else self._fill_int16()
 
     def lock(self) -> None:
-        """Keeps our weights in memory, as the peer's are: its copy is no file. Else the system puts some of ours aside
-        while the peer works, and where whole networks of both just fit, most tokens wait for the disk."""
+        """Keeps our weights in memory, and maps them, as the peer's are: its copy is no file. Else the system puts some
+        of ours aside while the peer works, and where whole networks of both just fit, most tokens wait for the disk."""
         try:
             self.model.held = lock(self.packed)
         except CapacityError as error:
             print(f"{error}; figures may include reading from the disk", file=sys.stderr)
+        for _, weights in self.model.tensors():
+            weights.view(-1).view(torch.uint8)[::4096].sum()
 
     def _fill_int16(self) -> None:
         """The same as integers, in whose lowest bits the scale lies."""
