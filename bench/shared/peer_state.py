@@ -1,7 +1,7 @@
 """A long context for llama.cpp without computing it: what it saved of a short one, again and again.
 
-Its speed does not depend on the values, and filling 16,384 tokens takes it an hour on two cores. The layout is that of
-`llama_state_seq_get_data`:
+Its speed does not depend on the values, and filling 16,384 tokens takes it more than a quarter of an hour on two cores.
+The layout is that of `llama_state_seq_get_data`:
 
     magic number, sequence, streams, cells                        4 bytes each
     of each cell: position, count of sequences (1), sequence      4 bytes each

@@ -163,8 +163,9 @@ def load(
     elif cache is None:
         network = load_packed(found.folder, quantize, threads=runtime.threads, progress=progress)
     else:
-        threads = runtime.threads
-        network = kept_packed(found.folder, quantize, cache=cache, threads=threads, locked=locked, progress=progress)
+        network = kept_packed(
+            found.folder, quantize, cache=cache, threads=runtime.threads, locked=locked, progress=progress
+        )
     return Model(**vars(found) | {"network": network, "config": network.config})
 
 
@@ -191,7 +192,10 @@ def open_folder(
         if dtype is not None or runtime.device != "cpu":
             raise CheckpointError(f"quantize = {quantize!r} goes without dtype, and on the CPU; leave one of them out")
     if locked and (quantize is None or cache is None):
-        raise CheckpointError("--mlock is for packed weights that are kept in a file: use --quantize int8 or int4")
+        raise CheckpointError(
+            f"--mlock (locked) with quantize = {quantize!r}, cache = {str(cache)!r}: only packed weights in a file"
+            " can be kept in memory; use --quantize int8 or int4, from Python with a cache folder"
+        )
     config = read_config(folder)
     tokenizer = open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     return ModelFolder(
