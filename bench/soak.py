@@ -36,7 +36,7 @@ from rich.table import Table  # noqa: E402
 
 from glasklar.engine.engine import Engine  # noqa: E402
 from glasklar.engine.guide import ThinkingBudget  # noqa: E402
-from glasklar.engine.native_runner import NativeRunner  # noqa: E402
+from glasklar.engine.paged_runner import PagedRunner  # noqa: E402
 from glasklar.engine.request import Completion, SamplingParams, TokenEvent  # noqa: E402
 from glasklar.engine.spill import SpillConfig  # noqa: E402
 from glasklar.loading import find_model, load  # noqa: E402
@@ -146,7 +146,7 @@ class Soak:
 
     def audit(self, report: Report) -> None:
         """Nothing runs: rows hold no page, all pages are accounted for."""
-        assert isinstance(self.engine.runner, NativeRunner)
+        assert isinstance(self.engine.runner, PagedRunner)
         pages = self.engine.runner.cache
         report.idle_checks += 1
         try:
@@ -212,7 +212,7 @@ def finish(report: Report, engine: Engine, seconds: float) -> None:
     report.drafted, report.accepted = stats.drafted, stats.accepted
     report.tokens_per_second = stats.tokens / seconds
     report.minutes = seconds / 60
-    assert isinstance(engine.runner, NativeRunner)
+    assert isinstance(engine.runner, PagedRunner)
     assert engine.drafter is not None
     spill = engine.runner.cache.spill
     assert spill is not None

@@ -16,7 +16,7 @@ from glasklar.data.procedural import Mixture
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.display import QuietReporter
 from glasklar.engine.engine import Engine
-from glasklar.engine.native_runner import computed_by
+from glasklar.engine.paged_runner import computed_by
 from glasklar.engine.request import SamplingParams
 from glasklar.errors import CheckpointError, RecipeError, RequestError
 from glasklar.eval.tasks import evaluate_tasks, table

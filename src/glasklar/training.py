@@ -13,7 +13,7 @@ from glasklar.corpus import Corpus, demonstration_tokens
 from glasklar.data.batches import PackedDocuments, Packer
 from glasklar.data.procedural import Mixture
 from glasklar.engine.engine import Engine
-from glasklar.engine.native_runner import computed_by
+from glasklar.engine.paged_runner import computed_by
 from glasklar.model.init import build, initialise
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import select

@@ -16,7 +16,7 @@ from glasklar.audit.receipt import check_answer, find_by_root, sampling, verify_
 from glasklar.audit.verify import verify
 from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.engine import Engine
-from glasklar.engine.native_runner import computed_by
+from glasklar.engine.paged_runner import computed_by
 from glasklar.engine.request import Completion, SamplingParams
 from glasklar.errors import RecordError
 from glasklar.loading import Model, load

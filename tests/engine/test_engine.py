@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glasklar.engine.cpu import library
 from glasklar.engine.engine import Engine
-from glasklar.engine.native_runner import NativeRunner
+from glasklar.engine.paged_runner import PagedRunner
 from glasklar.engine.request import SamplingParams, TokenEvent
 from glasklar.engine.runner import Result
 from glasklar.engine.sampler import draw, uniform
@@ -265,7 +265,7 @@ def test_equal_prompts_are_computed_once_and_answered_each(model: Transformer, m
     asked = [prompt for prompt in prompts(4) for _ in range(6)]
     params = [SamplingParams(max_tokens=8, temperature=1.0, seed=i) for i in range(24)]
     engine, seen = Engine(model), []
-    if isinstance(engine.runner, NativeRunner):
+    if isinstance(engine.runner, PagedRunner):
         native = engine.runner._run
         monkeypatch.setattr(engine.runner, "_run", lambda ids, *rest: seen.append(len(ids)) or native(ids, *rest))
         once = sum(map(len, prompts(4)))
@@ -276,7 +276,7 @@ def test_equal_prompts_are_computed_once_and_answered_each(model: Transformer, m
     for prompt, settings in zip(asked, params, strict=True):
         engine.add(prompt, settings)
     engine._advance()
-    computed = sum(seen) - (len(asked) if isinstance(engine.runner, NativeRunner) else 0)  # the first decoding
+    computed = sum(seen) - (len(asked) if isinstance(engine.runner, PagedRunner) else 0)  # the first decoding
     assert computed == once
     engine = Engine(model)
     answers = engine.generate(asked, params)

@@ -105,7 +105,7 @@ def test_what_the_cache_had_is_reported(engine: Engine) -> None:
     params, prompt = SamplingParams(max_tokens=2), list(range(40))
     [first] = run(engine, [(prompt, params, None)])
     again, copy = run(engine, [(prompt, params, None), (prompt, params, None)])
-    native = library.best() is not None and type(engine.runner).__name__ == "NativeRunner"
+    native = library.best() is not None and type(engine.runner).__name__ == "PagedRunner"
     assert {event.cached for event in first} == {0}
     assert {event.cached for event in again} == {32 if native else 0}
     assert {event.cached for event in copy} == {40 if native else 0}

@@ -1,9 +1,10 @@
 """Random mixes of requests. Oracle for every logit: the request's text alone, in one pass over an empty cache; for its
-tokens: an engine that does nothing else."""
+tokens: an engine that does nothing else. On a GPU with GLASKLAR_TEST_DEVICE=cuda."""
 
 from __future__ import annotations
 
 import functools
+import os
 import random
 from pathlib import Path
 
@@ -14,17 +15,19 @@ from numpy.typing import NDArray
 
 from glasklar.engine.cpu import library
 from glasklar.engine.cpu.library import CacheKind
+from glasklar.engine.cuda_network import CudaNetwork, kernels
 from glasklar.engine.draft import PLAIN, Gain, Way
 from glasklar.engine.engine import Engine
 from glasklar.engine.guide import Guide, ThinkingBudget
 from glasklar.engine.native import NativeNetwork
-from glasklar.engine.native_runner import NativeRunner
+from glasklar.engine.paged_runner import PagedRunner
 from glasklar.engine.packed import KINDS, PackedModel, Packer, pack
 from glasklar.engine.request import Completion, SamplingParams
 from glasklar.engine.runner import Result
 from glasklar.engine.spill import SpillConfig
 from glasklar.model.config import ModelConfig
 from glasklar.model.init import build, initialise
+from glasklar.model.transformer import Transformer
 
 W = 61
 SIZES = {"vocab_size": W, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,23 +40,32 @@ MLA = ModelConfig(
 GQA = ModelConfig(**SIZES, num_key_value_heads=2, head_dim=8)
 WAYS = (PLAIN, Way("look-up", 4), Way("module", 1), Way("module", 3))
 Asked = tuple[list[int], SamplingParams, int, int]  # prompt, settings, priority, budget of a guide (0: no guide)
-pytestmark = pytest.mark.skipif(library.best() is None, reason="the C++ pass is not compiled here")
+GPU = os.environ.get("GLASKLAR_TEST_DEVICE") == "cuda"
+PRECISIONS = ("float32", "bfloat16") if GPU else tuple(KINDS)
+pytestmark = pytest.mark.skipif(library.best() is None and not GPU, reason="the C++ pass is not compiled here")
 
 
 @functools.cache
-def packed(name: str, kind: str) -> PackedModel:
-    model = initialise(build({"mla": MLA, "gqa": GQA}[name], dtype=torch.bfloat16), 3)
+def ready(name: str, kind: str) -> Transformer | PackedModel:
+    dtype = torch.float32 if GPU and kind == "float32" else torch.bfloat16
+    model = initialise(build({"mla": MLA, "gqa": GQA}[name], dtype=dtype), 3)
+    if GPU:
+        return model.requires_grad_(False).cuda()
     compiled = library.best()
     assert compiled is not None
     return pack(model.config, dict(model.state_dict()).__getitem__, Packer(compiled, KINDS[kind], 1), draft=True)
 
 
 @functools.cache
-def lonely(name: str, kind: str, cache: CacheKind | None) -> NativeNetwork:
-    compiled = library.best()
+def lonely(name: str, kind: str, cache: CacheKind | None) -> NativeNetwork | CudaNetwork:
+    compiled, model = library.best(), ready(name, kind)
+    if not isinstance(model, PackedModel):
+        ops = kernels()
+        assert ops is not None
+        return CudaNetwork(model, ops)
     assert compiled is not None
     cache = cache or ("float32" if kind == "float32" else "int16")
-    return NativeNetwork(compiled, packed(name, kind), threads=1, cache=cache)
+    return NativeNetwork(compiled, model, threads=1, cache=cache)
 
 
 def logits_alone(name: str, kind: str, cache: CacheKind | None, text: list[int]) -> NDArray[np.float32]:
@@ -65,7 +77,7 @@ def logits_alone(name: str, kind: str, cache: CacheKind | None, text: list[int])
         net.new_cache(tables.size), np.array(text, np.int32), every, np.zeros(count, np.int32), tables, every,
         zeros.astype(np.float32), zeros,
     )  # fmt: skip
-    return logits
+    return logits.cpu().numpy()
 
 
 def guide_of(budget: int) -> Guide | None:
@@ -100,13 +112,13 @@ class Recorded:
         def noted(result: Result, places: NDArray[np.int64]) -> object:
             for i, row in enumerate(places.tolist()):
                 request, length = engine.scheduler.running[row], int(engine.rows.length[row])
-                self.logits.setdefault(request.id, {})[length] = result.logits_BW[i].numpy().copy()
+                self.logits.setdefault(request.id, {})[length] = result.logits_BW[i].cpu().numpy().copy()
             return choose(result, places)
 
         engine._choose = noted  # type: ignore[method-assign, assignment]
 
 
-def alone(model: PackedModel, cache: CacheKind | None, request: Asked) -> Completion:
+def alone(model: Transformer | PackedModel, cache: CacheKind | None, request: Asked) -> Completion:
     engine = Engine(model, max_slots=1, draft_tokens=0, cache=cache)
     prompt, params, _, budget = request
     engine.add(prompt, params, guide=guide_of(budget))
@@ -118,16 +130,16 @@ def alone(model: PackedModel, cache: CacheKind | None, request: Asked) -> Comple
 
 def run_mix(seed: int, folder: Path) -> Engine:
     rng = random.Random(seed)
-    name, kind = rng.choice(("mla", "gqa")), rng.choice(tuple(KINDS))
-    cache: CacheKind | None = "int8" if seed % 3 == 1 else None
-    model, asked = packed(name, kind), draw_requests(rng)
+    name, kind = rng.choice(("mla", "gqa")), rng.choice(PRECISIONS)
+    cache: CacheKind | None = "int8" if seed % 3 == 1 and not GPU else None
+    model, asked = ready(name, kind), draw_requests(rng)
     engine = Engine(
         model, draft_tokens=rng.choice((0, 4, 4)), max_slots=rng.choice((2, 5, 12)),
         max_tokens=rng.choice((192, 192, 320, 2048)), chunk_tokens=rng.choice((3, 16, 25, 512)),
         cache=cache,
         spill=SpillConfig(folder=folder, model=kind + name) if rng.random() < 0.3 else None,
     )  # fmt: skip
-    assert isinstance(engine.runner, NativeRunner)
+    assert isinstance(engine.runner, PagedRunner)
     recorded, pages = Recorded(engine), engine.runner.cache
     ids: list[int] = []
     answers: dict[int, list[int]] = {}
@@ -182,5 +194,5 @@ def test_every_logit_of_a_mix_is_that_of_the_request_alone(seeds: range, tmp_pat
     engines = [run_mix(seed, tmp_path) for seed in seeds]
     assert sum(engine.stats.preempted for engine in engines) > len(seeds) / 5
     assert sum(engine.stats.accepted for engine in engines) > len(seeds)
-    spills = [engine.runner.cache.spill for engine in engines if isinstance(engine.runner, NativeRunner)]
+    spills = [engine.runner.cache.spill for engine in engines if isinstance(engine.runner, PagedRunner)]
     assert sum(spill.found for spill in spills if spill is not None) > 0

@@ -12,7 +12,7 @@ import torch
 
 from glasklar.engine.cpu import library
 from glasklar.engine.engine import Engine
-from glasklar.engine.native_runner import NativeRunner
+from glasklar.engine.paged_runner import PagedRunner
 from glasklar.engine.request import Completion, SamplingParams
 from glasklar.engine.spill import MARK, Spill, SpillConfig
 from glasklar.errors import CapacityError, RequestError
@@ -42,7 +42,7 @@ def network() -> Transformer:
 
 def engine(network: Transformer, folder: Path, **settings: int) -> tuple[Engine, Spill]:
     made = Engine(network, native=True, spill=SpillConfig(folder=folder, model="m"), **settings)
-    assert isinstance(made.runner, NativeRunner)
+    assert isinstance(made.runner, PagedRunner)
     assert made.runner.cache.spill is not None
     return made, made.runner.cache.spill
 

@@ -12,7 +12,7 @@ from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
 
 from glasklar.engine.engine import Engine
-from glasklar.engine.native_runner import runs_native
+from glasklar.engine.paged_runner import runs_native
 from glasklar.engine.request import SamplingParams
 from glasklar.model.attention import LayerCache, cache_mask, document_mask
 from glasklar.model.checkpoint import load_model, save_model

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glasklar.convert.export import convert
 from glasklar.engine.engine import Engine
-from glasklar.engine.native_runner import runs_native
+from glasklar.engine.paged_runner import runs_native
 from glasklar.engine.request import SamplingParams
 from glasklar.errors import CheckpointError
 from glasklar.loading import load
@@ -164,13 +164,13 @@ def test_quantised_while_loading_is_quantised_afterwards(make, quantize: str, tm
     whole = load_model(folder, dtype=torch.float32, ops=REFERENCE, device="cpu").requires_grad_(False)
     if not runs_native(whole):
         pytest.skip("the C++ pass is not compiled")
-    from glasklar.engine.native_runner import NativeRunner
+    from glasklar.engine.paged_runner import PagedRunner
 
     told: list[tuple[int, int]] = []
     streamed = load(folder, Runtime(), quantize=quantize, progress=lambda done, total: told.append((done, total)))
     assert told == sorted(told)
     assert told[-1][0] == told[-1][1] > 0
-    wanted = NativeRunner(whole, max_slots=1, max_tokens=64, quantise=quantize, draft=True).network.model
+    wanted = PagedRunner(whole, max_slots=1, max_tokens=64, quantise=quantize, draft=True).network.model
     found = dict(streamed.network.tensors())
     assert found.keys() == dict(wanted.tensors()).keys()
     assert all(torch.equal(found[name].to(tensor.dtype), tensor) for name, tensor in wanted.tensors())

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from glasklar.audit.findings import Findings
 from glasklar.engine.engine import Engine
-from glasklar.engine.native_runner import computed_by
+from glasklar.engine.paged_runner import computed_by
 from glasklar.engine.request import Completion, SamplingParams, TokenEvent
 from glasklar.errors import CapacityError, RecipeError, RecordError
 from glasklar.loading import Model, load

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from glasklar.engine.batch import Rows
-from glasklar.engine.native_runner import NativeRunner
+from glasklar.engine.paged_runner import PagedRunner
 from glasklar.engine.request import Request
 
 # Text repeats itself over at least so many tokens before a guess is made.
@@ -110,7 +110,7 @@ class Gain:
 class Drafter:
     """Makes the guesses of a step. `most` tokens a request at a time; 0: never any."""
 
-    def __init__(self, runner: NativeRunner, most: int) -> None:
+    def __init__(self, runner: PagedRunner, most: int) -> None:
         self.runner, self.most = runner, most
         ways = [Way("look-up", most)]
         if runner.has_module:

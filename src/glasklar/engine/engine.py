@@ -4,7 +4,7 @@
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=16))    # whole answers
     engine.add([1, 2, 3], SamplingParams()); engine.step()         # one by one, as a server does
 
-On a CPU the passes are made in C++ (`native_runner.py`), where that is compiled: then a request's numbers are the same
+On a CPU the passes are made in C++ (`paged_runner.py`), where that is compiled: then a request's numbers are the same
 bits whatever runs beside it. Elsewhere PyTorch makes them (`runner.py`).
 
 Whoever changes a model's weights in place (RL) calls `refresh` before the next request.
@@ -25,7 +25,7 @@ from glasklar.engine.cache import SlotCache
 from glasklar.engine.cpu.library import CACHES, CacheKind
 from glasklar.engine.draft import DRAFT_ROWS, PLAIN, Drafter
 from glasklar.engine.guide import Guide
-from glasklar.engine.native_runner import PASS_TOKENS, NativeRunner, runs_native
+from glasklar.engine.paged_runner import PagedRunner, runs_native
 from glasklar.engine.packed import PackedModel
 from glasklar.engine.paged import PageRoom
 from glasklar.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent
@@ -93,7 +93,7 @@ class Engine:
         max_slots: int = 512,
         max_tokens: int = 1 << 17,
         prefill_tokens: int = 1 << 13,
-        chunk_tokens: int = PASS_TOKENS,
+        chunk_tokens: int | None = None,
         draft_tokens: int = 4,
         cache: CacheKind | None = None,
         spill: SpillConfig | None = None,
@@ -105,10 +105,10 @@ class Engine:
         if cache not in (None, *CACHES):
             raise RequestError(f"cache = {cache!r}: use one of {', '.join(CACHES)}")
         self.room: Room
-        self.runner: Runner | NativeRunner
+        self.runner: Runner | PagedRunner
         if native:
             self.room = PageRoom(max_slots=max_slots, max_tokens=max_tokens)
-            self.runner = NativeRunner(
+            self.runner = PagedRunner(
                 model, max_slots=max_slots, max_tokens=max_tokens, chunk_tokens=chunk_tokens, draft=draft_tokens > 0,
                 cache=cache, spill=spill,
             )  # fmt: skip
@@ -126,10 +126,10 @@ class Engine:
             self.runner = Runner(
                 model, SlotCache(model.config, max_tokens=max_tokens, dtype=weight.dtype, device=weight.device)
             )
-        chunk = chunk_tokens if native else None
+        self.chunk_tokens = self.runner.chunk_tokens if isinstance(self.runner, PagedRunner) else None
+        chunk = self.chunk_tokens
         self.scheduler = Scheduler(self.room, prefill_tokens=prefill_tokens, chunk=chunk)
-        self.chunk_tokens = chunk_tokens
-        self.drafter = Drafter(self.runner, draft_tokens) if isinstance(self.runner, NativeRunner) else None
+        self.drafter = Drafter(self.runner, draft_tokens) if isinstance(self.runner, PagedRunner) else None
         self._pace = 0.0  # prompt tokens a second, as lately measured
         self.rows = Rows()
         self.stats = Stats()
@@ -264,14 +264,14 @@ class Engine:
 
     def _piece(self) -> int | None:
         """How much of prompts is read in this step: while answers run, no more than they can wait for."""
-        if self.scheduler.chunk is None:
-            return None
         piece = self.chunk_tokens
+        if piece is None:
+            return None
         if self.rows.n and self._pace:
             piece = min(piece, max(SHORTEST_PIECE, int(self._pace * STALL_SECONDS)))
         self.scheduler.chunk = piece
-        if isinstance(self.runner, NativeRunner):
-            self.runner.chunk_tokens = min(piece, PASS_TOKENS)
+        if isinstance(self.runner, PagedRunner):
+            self.runner.chunk_tokens = min(piece, self.runner.most)
         return piece if self.rows.n else None
 
     def _follow(self) -> None:
@@ -370,7 +370,7 @@ class Engine:
 
     def _verify(self, guesses: Sequence[Sequence[int]]) -> list[_Made]:
         """Runs the last token of each row and its guesses. A guess stands where it is what is then chosen."""
-        assert isinstance(self.runner, NativeRunner)
+        assert isinstance(self.runner, PagedRunner)
         assert self.drafter is not None
         rows, n = self.rows, self.rows.n
         counts = np.array([1 + len(guess) for guess in guesses])

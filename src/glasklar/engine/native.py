@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glasklar.engine.cpu.library import CACHES, CacheKind, Draft, Embedding, Layer, Pass, Shape
+from glasklar.engine.cpu.library import CACHES, VERSION, CacheKind, Draft, Embedding, Layer, Pass, Shape
 from glasklar.engine.packed import PackedLayer, PackedModel
 from glasklar.engine.paged import new_pages
 from glasklar.model.attention import inverse_frequencies
@@ -44,7 +44,7 @@ class NativeNetwork:
         assert len(cores) in (0, threads), "a CPU for each thread, or none"
         self.library, self.model, self.config = library, model, c
         self.page, self.max_tokens = page, max_tokens
-        self.cache_kind = cache
+        self.cache_kind, self.device = cache, torch.device("cpu")
         self.cache_dtype = {"int16": torch.int16, "float32": torch.float32, "int8": torch.uint8}[cache]
         shape = Shape(
             layers=c.num_hidden_layers, width=c.hidden_size, heads=c.num_attention_heads, kv_heads=c.kv_heads,
@@ -86,6 +86,15 @@ class NativeNetwork:
             self._cosine = (angles.cos() * self._factor).numpy()
             self._sine = (angles.sin() * self._factor).numpy()
 
+    @property
+    def has_module(self) -> bool:
+        return self.model.draft is not None
+
+    def layout(self) -> str:
+        """What determines the bytes of a cache page beside the weights and the config."""
+        kinds = sorted({matrix.kind for layer in self.model.layers for matrix in layer.matrices.values()})
+        return f"engine {VERSION} kinds {kinds} cache {self.cache_kind}"
+
     def new_cache(self, pages: int) -> Tensor:
         """[layers, pages, page, cache width]"""
         return new_pages(self.config.num_hidden_layers, pages, self.page, self.cache_width, self.cache_dtype)
@@ -100,9 +109,9 @@ class NativeNetwork:
         outputs: NDArray[np.int32],
         temperatures: NDArray[np.float32],
         uniforms: NDArray[np.float64],
-        states: NDArray[np.float32] | None = None,
-        hidden: NDArray[np.float32] | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
+        states: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> tuple[Tensor, NDArray[np.int32], NDArray[np.float32]]:
         """A pass over tokens (ids, positions, sequences: [T]), whose latents or keys are written to the cache; token
         t's sequence has the pages tables[sequences[t]].
 
@@ -114,6 +123,7 @@ class NativeNetwork:
         Returns logits [O, W], the tokens drawn [O] and their log-probabilities [O].
         """
         count = len(outputs)
+        states = None if states is None else states.contiguous()
         self._reach(int(positions.max()) + 1)
         logits = np.empty((count, self.padded_vocabulary), np.float32)
         chosen, logprobs = np.empty(count, np.int32), np.empty(count, np.float32)
@@ -124,11 +134,11 @@ class NativeNetwork:
             layer_stride=cache.stride(0) * cache.element_size(), cosine=self._cosine.ctypes.data,
             sine=self._sine.ctypes.data, output_tokens=outputs.ctypes.data, logits=logits.ctypes.data,
             temperatures=temperatures.ctypes.data, uniforms=uniforms.ctypes.data, chosen=chosen.ctypes.data,
-            logprobs=logprobs.ctypes.data, states=None if states is None else states.ctypes.data,
-            hidden=None if hidden is None else hidden.ctypes.data,
+            logprobs=logprobs.ctypes.data, states=None if states is None else states.data_ptr(),
+            hidden=None if hidden is None else hidden.data_ptr(),
         )  # fmt: skip
         self.library.glasklar_pass(self._handle, ctypes.byref(arguments))
-        return logits[:, : self.vocabulary], chosen, logprobs
+        return torch.from_numpy(logits)[:, : self.vocabulary], chosen, logprobs
 
 
 def _layer(packed: PackedLayer) -> Layer:

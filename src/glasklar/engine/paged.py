@@ -1,4 +1,4 @@
-"""The cache of the C++ pass: pages of a few tokens, shared between requests that begin alike.
+"""The cache of the engine's own passes: pages of a few tokens, shared between requests that begin alike.
 
 A row (a running request) has a table of pages. Full pages are known by a hash of all tokens up to their end, so that a
 prompt that begins like an earlier one, or goes on from its answer, finds them again: the index is a radix tree whose
@@ -24,6 +24,7 @@ from glasklar.model.config import ModelConfig
 PAGE = 16
 # Room that is set aside for what a request will make: it must not be admitted to give way at once.
 AHEAD = 256
+CPU = torch.device("cpu")
 # Memory for pages that no running request uses, kept for prompts to come.
 KEPT_BYTES = 1 << 29
 
@@ -44,12 +45,16 @@ class PageRoom:
         return count <= self.max_slots and -(-total // PAGE) + count - 1 <= self.max_tokens // PAGE
 
 
-def new_pages(layers: int, pages: int, page: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros [layers, pages, page, width]. The system gives the memory bit by bit when it is first met (numpy's zeros;
-    those of torch would be written now). It begins at a line of the CPU's caches: reads across two cost twice.
+def new_pages(
+    layers: int, pages: int, page: int, width: int, dtype: torch.dtype, device: torch.device = CPU
+) -> torch.Tensor:
+    """Zeros [layers, pages, page, width]. A CPU's system gives the memory bit by bit when it is first met (numpy's
+    zeros; those of torch would be written now). It begins at a line of the CPU's caches: reads across two cost twice.
 
-    Raises MemoryError.
+    Raises MemoryError, or torch.OutOfMemoryError on a GPU.
     """
+    if device.type != "cpu":
+        return torch.zeros(layers, pages, page, width, dtype=dtype, device=device)
     size = layers * pages * page * width * dtype.itemsize
     memory = np.zeros(size + 63, np.uint8)
     start = -memory.ctypes.data % 64
@@ -71,16 +76,17 @@ class PageCache:
         dtype: torch.dtype,
         width: int | None = None,
         spill: Spill | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.max_tokens, self.spill = max_tokens, spill
         count = max_tokens // PAGE
         width = width or config.cache_width
         try:
-            self.data = new_pages(config.num_hidden_layers, count, PAGE, width, dtype)
-        except MemoryError:
+            self.data = new_pages(config.num_hidden_layers, count, PAGE, width, dtype, device)
+        except (MemoryError, torch.OutOfMemoryError):
             gigabytes = config.num_hidden_layers * max_tokens * width * dtype.itemsize / 1e9
             raise CapacityError(f"the cache needs {gigabytes:.1f} GB; lower max_tokens = {max_tokens}") from None
-        self._memory = self.data.view(torch.uint8).numpy()
+        self._bytes = self.data.view(torch.uint8)
         self.tables = np.zeros((0, 8), np.int32)
         self._held = np.zeros(0, np.int64)  # pages of each row
         self._users = np.zeros(count, np.int32)  # rows and the index
@@ -231,17 +237,17 @@ class PageCache:
 
     def _write(self, page: int) -> None:
         if self.spill is not None:
-            self.spill.write(self._keys[page], np.ascontiguousarray(self._memory[:, page]).tobytes())
+            self.spill.write(self._keys[page], self._bytes[:, page].contiguous().cpu().numpy().tobytes())
 
     def _restore(self, key: bytes) -> int | None:
         """A page from disk; None where it is not there, or no room is."""
         if self.spill is None or not (self._free or self._idle):
             return None
-        data = self.spill.read(key, self._memory[:, 0].nbytes)
+        data = self.spill.read(key, self._bytes[:, 0].nbytes)
         if data is None:
             return None
         page = self._new_page()
-        self._memory[:, page] = np.frombuffer(data, np.uint8).reshape(self._memory[:, page].shape)
+        self._bytes[:, page] = torch.frombuffer(bytearray(data), dtype=torch.uint8).view_as(self._bytes[:, page])
         self._index[key], self._keys[page] = page, key
         self._users[page] = 1
         return page

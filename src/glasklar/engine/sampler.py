@@ -10,7 +10,7 @@ Order of the steps: penalties, bias, what a guide allows, temperature; top-k; to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -78,6 +78,8 @@ def sample(
     uniform       from `uniform`
     special       rows that need more than a temperature
     """
+    if logits_BW.is_cuda and len(logits_BW) > 1:
+        return _one_by_one(logits_BW, temperature_B, uniform_B, special)
     own_BW = logits_BW.float()
     norm_B = own_BW.logsumexp(-1)
     chosen_BW = _adjust(own_BW, temperature_B, special) if special else own_BW
@@ -92,6 +94,23 @@ def sample(
     finite_B = norm_B.isfinite()
     return Sampled(
         tokens_B.cpu().numpy(), logprobs_B.cpu().numpy(), finite_B.cpu().numpy(), _alternatives(own_BW, norm_B, special)
+    )
+
+
+def _one_by_one(
+    logits_BW: Tensor, temperature_B: NDArray[np.float64], uniform_B: NDArray[np.float64], special: Sequence[SpecialRow]
+) -> Sampled:
+    """As `sample`: on a GPU torch adds up a row in an order that depends on how many there are."""
+    by_row = {s.row: replace(s, row=0) for s in special}
+    each = [
+        sample(logits_BW[i : i + 1], temperature_B[i : i + 1], uniform_B[i : i + 1], [by_row[i]] if i in by_row else [])
+        for i in range(len(logits_BW))
+    ]
+    return Sampled(
+        np.concatenate([one.tokens for one in each]),
+        np.concatenate([one.logprobs for one in each]),
+        np.concatenate([one.finite for one in each]),
+        {i: one.alternatives[0] for i, one in enumerate(each) if one.alternatives},
     )
 
 

@@ -269,7 +269,7 @@ def run(channel: socket.socket) -> None:
     except GlasklarError as error:
         send(Failed(error=error))
         return
-    from glasklar.engine.native_runner import computed_by
+    from glasklar.engine.paged_runner import computed_by
 
     send(Ready(engine={**model.runtime.describe(), **computed_by(model.network, first.cache_kind)}))
     worker = Worker(model, engine, send)

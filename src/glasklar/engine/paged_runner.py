@@ -1,4 +1,4 @@
-"""Passes of the C++ network for the engine: the counterpart of `runner.py`, over pages instead of slots."""
+"""Passes over pages for the engine, in C++ on a CPU and in Triton on a GPU: what `runner.py` does over slots."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from glasklar.engine.batch import Rows, distinct
 from glasklar.engine.cpu import library
 from glasklar.engine.cpu.library import CacheKind
+from glasklar.engine.cuda_network import CudaNetwork, kernels
 from glasklar.engine.native import NativeNetwork
 from glasklar.engine.packed import KINDS, PackedModel, Packer, Quantisation, pack
 from glasklar.engine.paged import PAGE, PageCache, new_pages
@@ -28,12 +30,13 @@ PASS_TOKENS = 512
 
 
 def runs_native(model: Transformer | PackedModel) -> bool:
-    """Whether the C++ pass can run this network here: compiled, on the CPU, in fp32 or bf16."""
+    """Whether passes of our own can run this network here, in fp32 or bf16: C++ that is compiled, or Triton on a GPU."""
     if isinstance(model, PackedModel):
         return True
     weight = model.embed_tokens.weight
-    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-    return known and library.best() is not None
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return {"cpu": library.best, "cuda": kernels}.get(weight.device.type, lambda: None)() is not None
 
 
 def computed_by(network: Transformer | PackedModel, cache: CacheKind | None = None) -> dict[str, str]:
@@ -42,7 +45,8 @@ def computed_by(network: Transformer | PackedModel, cache: CacheKind | None = No
     chosen = {} if cache is None else {"cache": cache}
     if isinstance(network, PackedModel):
         return {"ops": f"none, packed as {network.precision}", "passes": "C++", "quantize": network.precision, **chosen}
-    return {"ops": network.ops.name, "passes": "C++" if runs_native(network) else "torch", **chosen}
+    own = {"cpu": "C++", "cuda": "Triton"}.get(network.embed_tokens.weight.device.type, "")
+    return {"ops": network.ops.name, "passes": own if runs_native(network) else "torch", **chosen}
 
 
 @dataclass
@@ -50,12 +54,12 @@ class _Ahead:
     """States of a row's latest tokens [n, D], from position `start` on, that the draft module has not joined yet."""
 
     start: int
-    states_TD: NDArray[np.float32]
+    states_TD: Tensor
 
 
 def logits_of(model: PackedModel, ids: Sequence[int]) -> torch.Tensor:
     """Logits [T, W] after each token of a sequence, in fp32."""
-    runner = NativeRunner(model, max_slots=1, max_tokens=len(ids) + PAGE)
+    runner = PagedRunner(model, max_slots=1, max_tokens=len(ids) + PAGE)
     runner.cache.begin(0, ids)
     runner.cache.reach(0, len(ids))
     parts = []
@@ -64,11 +68,11 @@ def logits_of(model: PackedModel, ids: Sequence[int]) -> torch.Tensor:
         tokens, count = np.array(ids[begin : begin + PASS_TOKENS], np.int32), len(positions)
         rows, outputs = np.zeros(count, np.int32), np.arange(count, dtype=np.int32)
         logits, _, _ = runner._run(tokens, positions, rows, outputs, np.zeros(count), np.zeros(count))
-        parts.append(torch.from_numpy(logits))
+        parts.append(logits)
     return torch.cat(parts)
 
 
-class NativeRunner:
+class PagedRunner:
     """Runs a network (packed here, and again at `refresh`) or weights that are packed already.
 
     draft       with the model's module of multi-token prediction, if it has one
@@ -82,33 +86,36 @@ class NativeRunner:
         *,
         max_slots: int,
         max_tokens: int,
-        chunk_tokens: int = PASS_TOKENS,
+        chunk_tokens: int | None = None,
         quantise: Quantisation | None = None,
         draft: bool = False,
         cache: CacheKind | None = None,
         spill: SpillConfig | None = None,
     ) -> None:
         self.spare = max_slots  # where the cache keeps a prompt that is being read
-        self.chunk_tokens = min(chunk_tokens, PASS_TOKENS)
         self._filled: int | None = None  # tokens of it that were read, and how many of them the cache had
         self._known = 0
         self.threads = torch.get_num_threads()
         self.model, self.quantise, self.draft_wanted, self.cache_kind = model, quantise, draft, cache
         self.network = self._network()
-        dtype = self.network.cache_dtype
+        # Tokens of one pass.
+        self.most = self.network.max_tokens
+        self.chunk_tokens = min(chunk_tokens or self.most, self.most)
+        dtype, device = self.network.cache_dtype, self.network.device
         self.cache = PageCache(
             model.config,
             max_tokens=max_tokens,
             dtype=dtype,
             width=self.network.cache_width,
             spill=None if spill is None else Spill(spill, self._layout()),
+            device=device,
         )
         self.following = False
         self._ahead: dict[int, _Ahead] = {}
         # The module's cache has the same pages. What it holds of a page may be missing, or stem from another text that
         # went on otherwise: then its guesses are worse, and no answer is different.
         pages = self.cache.data.shape[1] if self.has_module else 1
-        self._module_cache = new_pages(1, pages, PAGE, self.network.cache_width, dtype)
+        self._module_cache = new_pages(1, pages, PAGE, self.network.cache_width, dtype, device)
 
     @property
     def config(self) -> ModelConfig:
@@ -116,18 +123,18 @@ class NativeRunner:
 
     @property
     def has_module(self) -> bool:
-        return self.network.model.draft is not None
+        return self.draft_wanted and self.network.has_module
 
     def _layout(self) -> str:
         """What determines the bytes of a cache page beside the weights themselves."""
-        kinds = sorted({matrix.kind for layer in self.network.model.layers for matrix in layer.matrices.values()})
-        form = f"engine {library.VERSION} kinds {kinds} cache {self.network.cache_kind} page {PAGE}"
-        return f"{form} {self.config.model_dump_json()}"
+        return f"{self.network.layout()} page {PAGE} {self.config.model_dump_json()}"
 
-    def _network(self) -> NativeNetwork:
+    def _network(self) -> NativeNetwork | CudaNetwork:
+        model = self.model
+        if isinstance(model, Transformer) and model.embed_tokens.weight.device.type == "cuda":
+            return self._network_on_gpu(model)
         compiled = library.best()
         assert compiled is not None, "ask `runs_native` first"
-        model = self.model
         if isinstance(model, Transformer):
             dtype = str(model.dtype).removeprefix("torch.")
             parameters = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -138,6 +145,16 @@ class NativeRunner:
             compiled, model, threads=self.threads, page=PAGE, max_tokens=PASS_TOKENS, cache=cache,
             cores=cores(self.threads),
         )  # fmt: skip
+
+    def _network_on_gpu(self, model: Transformer) -> CudaNetwork:
+        if self.cache_kind is not None or self.quantise is not None:
+            raise RequestError(
+                f"cache = {self.cache_kind!r}, quantise = {self.quantise!r}: on a GPU, weights and cache are as the model"
+                " is loaded; leave them out"
+            )
+        ops = kernels()
+        assert ops is not None, "ask `runs_native` first"
+        return CudaNetwork(model, ops, page=PAGE)
 
     def fill(
         self, prompt: Sequence[int], row: int, temperature: NDArray[np.float64], uniform: NDArray[np.float64]
@@ -161,7 +178,7 @@ class NativeRunner:
         self.cache.publish(self.spare, prompt)
         self.move([(self.spare, row)])
         self._filled = None
-        return Result(torch.from_numpy(logits), tokens.astype(np.int64), logprobs, cached=[self._known])
+        return Result(logits, tokens.astype(np.int64), logprobs, cached=[self._known])
 
     def abandon(self, prompt: Sequence[int]) -> None:
         """Drops the prompt that is being read; what was read of it can be found again."""
@@ -202,7 +219,9 @@ class NativeRunner:
             raise RequestError(
                 "refresh: the cache is kept on disk for the weights as they were; make an engine without `spill`"
             )
-        if isinstance(self.model, Transformer):
+        if isinstance(self.network, CudaNetwork):
+            self.network.refresh()
+        elif isinstance(self.model, Transformer):
             self.network = self._network()
         self.cache.forget()
 
@@ -233,20 +252,20 @@ class NativeRunner:
         draws: dict[tuple[int, int], list[int]] = {}  # position and row of a prompt's end -> whose it is
         for i, place in enumerate(places):
             draws.setdefault((len(once[place]) - 1, first[place]), []).append(i)
-        logits_BW = torch.empty(len(prompts), self.config.vocab_size)
+        logits_BW = torch.empty(len(prompts), self.config.vocab_size, device=self.network.device)
         drawn, logprobs = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.float32)
-        for begin in range(0, len(tokens), PASS_TOKENS):
-            part = tokens[begin : begin + PASS_TOKENS]
+        for begin in range(0, len(tokens), self.most):
+            part = tokens[begin : begin + self.most]
             wanted = [(i, whose) for i, (_, p, row) in enumerate(part) for whose in draws.get((p, row), ())]
             while part:
-                now, wanted = wanted[:PASS_TOKENS], wanted[PASS_TOKENS:]
+                now, wanted = wanted[:self.most], wanted[self.most:]
                 who = [whose for _, whose in now]
                 outputs = np.array([i for i, _ in now], np.int32)
                 found, chosen, logprobs[who] = self._read(part, outputs, temperature[who], uniform[who], texts)
-                logits_BW[who], drawn[who] = torch.from_numpy(found), chosen
+                logits_BW[who], drawn[who] = found, chosen
                 # More draws than a pass has outputs: their tokens are run again, to the same bits.
-                part = [part[i] for i, _ in wanted[:PASS_TOKENS]]
-                wanted = [(i % PASS_TOKENS, whose) for i, (_, whose) in enumerate(wanted)]
+                part = [part[i] for i, _ in wanted[:self.most]]
+                wanted = [(i % self.most, whose) for i, (_, whose) in enumerate(wanted)]
         for place, prompt in enumerate(once):
             self.cache.publish(first[place], prompt)
         known = [cached[place] for place in places]
@@ -277,10 +296,10 @@ class NativeRunner:
             )
             places = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
             sequences, positions = np.repeat(sequences, counts), np.repeat(positions, counts) + places
-        hidden = np.empty((len(ids), self.config.hidden_size), np.float32) if self.following else None
+        hidden = self._states(len(ids)) if self.following else None
         parts = []
-        for begin in range(0, len(ids), PASS_TOKENS):
-            part = slice(begin, min(begin + PASS_TOKENS, len(ids)))
+        for begin in range(0, len(ids), self.most):
+            part = slice(begin, min(begin + self.most, len(ids)))
             outputs = np.arange(part.stop - begin, dtype=np.int32)
             states = None if hidden is None else hidden[part]
             parts.append(
@@ -292,10 +311,11 @@ class NativeRunner:
             self._stand(rows, counts, hidden)
         else:
             self._ahead.clear()
-        logits, tokens, logprobs = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return Result(torch.from_numpy(logits), tokens.astype(np.int64), logprobs)
+        logits, tokens, logprobs = (list(column) for column in zip(*parts, strict=True))
+        whole = logits[0] if len(logits) == 1 else torch.cat(logits)
+        return Result(whole, np.concatenate(tokens).astype(np.int64), np.concatenate(logprobs))
 
-    def _stand(self, rows: Rows, counts: Sequence[int], hidden_TD: NDArray[np.float32]) -> None:
+    def _stand(self, rows: Rows, counts: Sequence[int], hidden_TD: Tensor) -> None:
         """Keeps the states of the tokens that were run; those of guesses that fall are left out when they are used."""
         ends = np.cumsum(counts).tolist()
         for row, (end, count) in enumerate(zip(ends, counts, strict=True)):
@@ -323,7 +343,7 @@ class NativeRunner:
             owners += [row] * count
             states.append(ahead.states_TD[:count])
         ends = np.array([i for i, row in enumerate(owners) if i + 1 == len(owners) or owners[i + 1] != row], np.int32)
-        chosen, hidden = self._module(ids, positions, owners, np.concatenate(states), ends, rows, depth=0)
+        chosen, hidden = self._module(ids, positions, owners, torch.cat(states), ends, rows, depth=0)
         for depth in range(1, max(most) + 1):
             for row, token in zip(going, chosen, strict=True):
                 guesses[row].append(token)
@@ -338,9 +358,9 @@ class NativeRunner:
         return guesses
 
     def _module(
-        self, ids: Sequence[int], positions: Sequence[int], owners: Sequence[int], states_TD: NDArray[np.float32],
+        self, ids: Sequence[int], positions: Sequence[int], owners: Sequence[int], states_TD: Tensor,
         outputs: NDArray[np.int32], rows: Rows | None, depth: int,
-    ) -> tuple[list[int], NDArray[np.float32]]:  # fmt: skip
+    ) -> tuple[list[int], Tensor]:  # fmt: skip
         """A pass of the module: the tokens it draws at `outputs`, and its own states there."""
         count = len(outputs)
         heat, numbers = np.zeros(count, np.float32), np.zeros(count)
@@ -350,22 +370,22 @@ class NativeRunner:
                 rows.temperature[wanted].astype(np.float32),
                 uniform(rows.seed[wanted], rows.length[wanted] + depth),
             )
-        hidden = np.empty_like(states_TD)
+        hidden = torch.empty_like(states_TD)
         tokens, places, owned = (np.array(column, np.int32) for column in (ids, positions, owners))
         _, chosen, _ = self.network.run(
             self._module_cache, tokens, places, owned, self.cache.tables, outputs, heat, numbers,
-            states=np.ascontiguousarray(states_TD), hidden=hidden,
+            states=states_TD, hidden=hidden,
         )  # fmt: skip
-        return chosen.tolist(), hidden[outputs]
+        return chosen.tolist(), hidden[outputs.tolist()]
 
     def _read(
         self, part: Sequence[tuple[int, int, int]], outputs: NDArray[np.int32], temperature: NDArray[np.float64],
         uniform: NDArray[np.float64], texts: Mapping[int, Sequence[int]],
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:  # fmt: skip
+    ) -> tuple[Tensor, NDArray[np.int32], NDArray[np.float32]]:  # fmt: skip
         """Runs tokens (id, position, row) of the rows' `texts`; returns logits at `outputs`, tokens drawn from them and
         their log-probabilities. The module follows."""
         ids, positions, rows = (np.array(column, np.int32) for column in zip(*part, strict=True))
-        hidden = np.empty((len(ids), self.config.hidden_size), np.float32) if self.following else None
+        hidden = self._states(len(ids)) if self.following else None
         result = self._run(ids, positions, rows, outputs, temperature, uniform, hidden)
         if hidden is None:
             return result
@@ -378,6 +398,9 @@ class NativeRunner:
             self._ahead[int(rows[i])] = _Ahead(int(positions[i]), hidden[i : i + 1])
         return result
 
+    def _states(self, count: int) -> Tensor:
+        return torch.empty(count, self.config.hidden_size, device=self.network.device)
+
     def _run(
         self,
         ids: NDArray[np.int32],
@@ -386,8 +409,8 @@ class NativeRunner:
         outputs: NDArray[np.int32],
         temperature: NDArray[np.float64],
         uniform: NDArray[np.float64],
-        hidden: NDArray[np.float32] | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
+        hidden: Tensor | None = None,
+    ) -> tuple[Tensor, NDArray[np.int32], NDArray[np.float32]]:
         return self.network.run(
             self.cache.data, ids, positions, rows, self.cache.tables, outputs, temperature.astype(np.float32), uniform,
             hidden=hidden,
