@@ -113,7 +113,7 @@ def logits_of(net: NativeNetwork, sequences: Sequence[Sequence[int]], chunk: int
             cache, ids, positions, owners, tables, np.arange(count, dtype=np.int32),
             np.zeros(count, np.float32), np.zeros(count),
         )  # fmt: skip
-        for row, owner in zip(logits, owners, strict=True):
+        for row, owner in zip(logits.numpy(), owners, strict=True):
             found[owner].append(row.copy())
     return [np.array(rows) for rows in found]
 
@@ -188,7 +188,7 @@ def test_a_long_context_has_the_same_bits_however_its_spans_are_shared_out() -> 
             at, last = np.arange(begin, end, dtype=np.int32), np.array([end - begin - 1], np.int32)
             logits, _, _ = net.run(cache, prompt[at], at, np.zeros_like(at), tables, last, temperature, uniform)
             if end == len(prompt):
-                found.append(logits[0].copy())
+                found.append(logits[0].numpy())
     assert len(found) == 6
     assert all(np.array_equal(logits, found[0]) for logits in found)
 
@@ -203,27 +203,27 @@ def test_draft_module_is_that_of_the_network_in_any_pieces(shape: str) -> None:
     states_BTD = model(ids_BT, at).hidden_BTD
     shifted_BT = torch.cat((ids_BT[:, 1:], ids_BT[:, :1]), dim=1)
     further_BTD, _ = model.mtp[0](states_BTD, model.embed_tokens(shifted_BT), at)
-    wanted = model.logits(further_BTD)[0].numpy()
+    wanted = model.logits(further_BTD)[0]
     pages, count = -(-len(prompt) // 16), len(prompt)
     tables, outputs = np.arange(2 * pages, dtype=np.int32).reshape(2, -1), np.arange(count, dtype=np.int32)
     zeros, rows = np.zeros(count), np.ones(count, np.int32)
-    hidden = np.empty((count, model.config.hidden_size), np.float32)
+    hidden = torch.empty(count, model.config.hidden_size)
     arguments = (outputs, rows, tables, outputs, zeros.astype(np.float32), zeros)
     net.run(net.new_cache(2 * pages), prompt, *arguments, hidden=hidden)
-    assert np.abs(hidden - states_BTD[0].numpy()).max() < 1e-4
+    assert (hidden - states_BTD[0]).abs().max() < 1e-4
     shifted, cache, further, found = shifted_BT[0].numpy().astype(np.int32), net.new_cache(2 * pages)[:1], [], []
     for first, last in ((0, 1), (1, 140), (140, count)):
         part = slice(first, last)
-        after = np.empty((last - first, model.config.hidden_size), np.float32)
+        after = torch.empty(last - first, model.config.hidden_size)
         logits, chosen, _ = net.run(
             cache, shifted[part], outputs[part], rows[part], tables, outputs[: last - first],
-            zeros[part].astype(np.float32), zeros[part], states=hidden[part].copy(), hidden=after,
+            zeros[part].astype(np.float32), zeros[part], states=hidden[part], hidden=after,
         )  # fmt: skip
-        assert np.array_equal(chosen, logits.argmax(-1))
-        found.append(logits.copy())
+        assert chosen.tolist() == logits.argmax(-1).tolist()
+        found.append(logits)
         further.append(after)
-    assert np.abs(np.concatenate(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
-    assert np.abs(np.concatenate(further) - further_BTD[0].numpy()).max() < 1e-4
+    assert (torch.cat(found) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (torch.cat(further) - further_BTD[0]).abs().max() < 1e-4
 
 
 def as_multiplied(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -334,7 +334,7 @@ def test_tokens_are_drawn_from_the_logits() -> None:
         net.new_cache(8), prompt, np.arange(count, dtype=np.int32), np.zeros(count, np.int32),
         np.arange(8, dtype=np.int32)[None], np.arange(count, dtype=np.int32), temperatures, uniforms,
     )  # fmt: skip
-    exact = torch.tensor(logits, dtype=torch.float64)
+    exact = logits.double()
     for row in range(count):
         if temperatures[row] == 0:
             assert chosen[row] == exact[row].argmax()

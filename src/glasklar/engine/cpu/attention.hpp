@@ -147,9 +147,21 @@ struct FixedQueries {
 
 // The 32 values at p: those at even places, those at odd ones; zeros beyond `left`.
 inline void two(const float* p, int left, Floats& even, Floats& odd) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    float padded[32] = {};
+    if (left < 32) std::memcpy(padded, p, 4 * std::max(left, 0)), p = padded;
+    __m256 evens[2], odds[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m256 a = _mm256_loadu_ps(p + 16 * i), b = _mm256_loadu_ps(p + 16 * i + 8);
+        auto in_order = [](__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); };
+        evens[i] = in_order(_mm256_shuffle_ps(a, b, 0x88)), odds[i] = in_order(_mm256_shuffle_ps(a, b, 0xdd));
+    }
+    even = load_as<Floats>(evens), odd = load_as<Floats>(odds);
+#else
     const Floats a = reinterpret_cast<Floats>(part(p, left)), b = reinterpret_cast<Floats>(part(p + LANES, left - LANES));
     even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#endif
 }
 
 // Stores x as integers, 32 of them every `step`, zeros after the last; returns their scale, in which ends up what is not finite.
@@ -220,6 +232,11 @@ inline float scale_of(const Short* part) {
     uint32_t bits = 0;
 #if defined(__AVX512BW__)
     bits = _mm512_test_epi16_mask(reinterpret_cast<__m512i>(first), _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+    __m256i half[2];  // the lowest bits become signs, those the bits of a mask
+    std::memcpy(half, &first, sizeof half);
+    const __m256i signs = _mm256_packs_epi16(_mm256_slli_epi16(half[0], 15), _mm256_slli_epi16(half[1], 15));
+    bits = uint32_t(_mm256_movemask_epi8(_mm256_permute4x64_epi64(signs, 0xd8)));
 #else
     for (int i = 0; i < 32; ++i) bits |= uint32_t(first[i] & 1) << i;
 #endif
@@ -262,6 +279,138 @@ inline float widen(const Small* part, int width, int16_t* to) {
     return scale;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+// Sixteen registers of sixteen integers: eight sums at a time stay in them. Sums of integers are the same in any order.
+inline __m256i load_half(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline __m256i add_pairs(__m256i c, __m256i a, __m256i b) {
+    c = _mm256_add_epi32(c, _mm256_madd_epi16(a, b));
+    asm("" : "+x"(c));  // else compilers add up last what they should add at once, and have no room for it
+    return c;
+}
+// Sums of the lanes of each of eight vectors.
+inline __m256i sums_of_eight(const __m256i* v) {
+    const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+    const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+// The products of H queries, [width / 32, H, 32], with KEYS keys.
+template <int H>
+inline Ints dot_block(const int16_t* queries, const int16_t* keys, int row, int width) {
+    constexpr int K = KEYS<H>, SOME_KEYS = K < 8 ? K : 8, SOME_HEADS = 8 / SOME_KEYS;
+    __m256i dots[2];
+    for (int half = 0; half < 2; ++half) {
+        const int16_t *query = queries + half * 8 / K * 32, *key = keys + half * 8 % K * row;
+        __m256i sums[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) sums[i] = _mm256_setzero_si256();
+        for (int k = 0; k < width; k += 32, query += H * 32, key += 32)
+#pragma GCC unroll 2
+            for (int part = 0; part < 32; part += 16) {
+                __m256i q[SOME_HEADS];
+#pragma GCC unroll 4
+                for (int h = 0; h < SOME_HEADS; ++h) q[h] = load_half(query + h * 32 + part);
+#pragma GCC unroll 8
+                for (int j = 0; j < SOME_KEYS; ++j) {
+                    const __m256i mine = load_half(key + j * row + part);
+#pragma GCC unroll 4
+                    for (int h = 0; h < SOME_HEADS; ++h) sums[h * SOME_KEYS + j] = add_pairs(sums[h * SOME_KEYS + j], q[h], mine);
+                }
+            }
+        dots[half] = sums_of_eight(sums);
+    }
+    return load_as<Ints>(dots);
+}
+
+// The 32 values at column c of the rows [from, to), summed by each head's weights, [blocks of KEYS, H, KEYS]. Block by block of LANES
+// rows, as the near cache does not hold the lines of a whole span.
+template <int H>
+inline void sum_columns(const Fixed& values, int c, const int16_t* weights, int from, int to, Ints (*sums)[2]) {
+    constexpr int K = KEYS<H>, SOME = H < 4 ? H : 4;
+    __m256i all[2][H][2];
+    for (auto& part : all)
+        for (auto& head : part) head[0] = head[1] = _mm256_setzero_si256();
+    for (int begin = from / LANES * LANES; begin < to; begin += LANES) {
+        const int first_pair = begin < from ? (from - begin) / 2 : 0, last_pair = (std::min(to - begin, LANES) + 1) / 2;
+        const int16_t *rows = values.at(begin) + c, *block = weights + begin / K * LANES;
+        for (int part = 0; part < 2; ++part)
+            for (int first = 0; first < H; first += SOME) {
+                __m256i low[SOME], high[SOME];
+#pragma GCC unroll 4
+                for (int h = 0; h < SOME; ++h) low[h] = all[part][first + h][0], high[h] = all[part][first + h][1];
+                for (int pair = first_pair; pair < last_pair; ++pair) {
+                    const int16_t *at = rows + int64_t(2 * pair) * values.row + part * 16, *two = block + 2 * pair / K * LANES + 2 * pair % K + first * K;
+                    const __m256i a = load_half(at), b = load_half(at + values.row);
+                    const __m256i lows = _mm256_unpacklo_epi16(a, b), highs = _mm256_unpackhi_epi16(a, b);
+#pragma GCC unroll 4
+                    for (int h = 0; h < SOME; ++h) {
+                        int32_t bits;
+                        std::memcpy(&bits, two + h * K, 4);
+                        const __m256i weight = _mm256_set1_epi32(bits);
+                        low[h] = add_pairs(low[h], lows, weight), high[h] = add_pairs(high[h], highs, weight);
+                    }
+                }
+#pragma GCC unroll 4
+                for (int h = 0; h < SOME; ++h) all[part][first + h][0] = low[h], all[part][first + h][1] = high[h];
+            }
+    }
+    for (int part = 0; part < 2; ++part)
+        for (int h = 0; h < H; ++h) {  // columns 0-3, 8-11, and 4-7, 12-15
+            const __m256i low = all[part][h][0], high = all[part][h][1];
+            const __m256i both[2] = {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+            sums[h][part] = load_as<Ints>(both);
+        }
+}
+#else
+// The products of H queries, [width / 32, H, 32], with KEYS keys.
+template <int H>
+inline Ints dot_block(const int16_t* query, const int16_t* key, int row, int width) {
+    constexpr int K = KEYS<H>;
+    Ints total[LANES] = {};
+    for (int k = 0; k < width; k += 32, key += 32) {
+        Shorts part_of[K];
+#pragma GCC unroll 16
+        for (int j = 0; j < K; ++j) part_of[j] = load_as<Shorts>(key + j * row);
+#pragma GCC unroll 8
+        for (int h = 0; h < H; ++h, query += 32) {
+            Shorts q = load_as<Shorts>(query);
+            keep(q);
+#pragma GCC unroll 16
+            for (int j = 0; j < K; ++j) total[h * K + j] = dot_shorts(total[h * K + j], q, part_of[j]);
+        }
+    }
+    return sums_of(total);
+}
+
+// The 32 values at column c of the rows [from, to), summed by each head's weights, [blocks of KEYS, H, KEYS].
+template <int H>
+inline void sum_columns(const Fixed& values, int c, const int16_t* weights, int from, int to, Ints (*sums)[2]) {
+    constexpr int K = KEYS<H>;
+    Ints low[H] = {}, high[H] = {};
+    for (int s = from / 2 * 2; s < to;) {
+        const int16_t* at = values.at(s) + c;
+        for (const int stop = std::min(to, s / LANES * LANES + LANES); s < stop; s += 2, at += 2 * values.row) {
+            Shorts a = load_as<Shorts>(at), b = load_as<Shorts>(at + values.row);
+            keep(a), keep(b);
+            const Shorts lows = zip_low(a, b), highs = zip_high(a, b);
+            const int16_t* pair = weights + s / K * LANES + s % K;
+#pragma GCC unroll 8
+            for (int h = 0; h < H; ++h) {
+                Shorts weight = spread_two(pair + h * K);
+                keep(weight);
+                low[h] = dot_shorts(low[h], lows, weight);
+                high[h] = dot_shorts(high[h], highs, weight);
+            }
+        }
+    }
+    for (int h = 0; h < H; ++h) {  // columns 0-3, 8-11, ..., and 4-7, 12-15, ...
+        const Ints a = low[h], b = high[h];
+        sums[h][0] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        sums[h][1] = __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+}
+#endif
+
 // Scores of the blocks that hold keys [from, to). The lowest bits of a part, and what lies after its values, count for nothing.
 template <int H>
 __attribute__((noinline)) void score_fixed(const FixedQueries& queries, const Fixed& keys, int key_width, int from, int to, float scale, Floats* scores, Ahead& ahead) {
@@ -269,21 +418,7 @@ __attribute__((noinline)) void score_fixed(const FixedQueries& queries, const Fi
     const Floats query_scale = by_head<H>(queries.scales) * scale;
     for (int i = from / K; i * K < to; ++i) {
         ahead.ask(LANES / K);
-        Ints total[LANES] = {};
-        const int16_t *query = queries.integers, *key = keys.at(i * K);
-        for (int k = 0; k < key_width; k += 32, key += 32) {
-            Shorts part_of[K];
-#pragma GCC unroll 16
-            for (int j = 0; j < K; ++j) part_of[j] = load_as<Shorts>(key + j * keys.row);
-#pragma GCC unroll 8
-            for (int h = 0; h < H; ++h, query += 32) {
-                Shorts q = load_as<Shorts>(query);
-                keep(q);
-#pragma GCC unroll 16
-                for (int j = 0; j < K; ++j) total[h * K + j] = dot_shorts(total[h * K + j], q, part_of[j]);
-            }
-        }
-        scores[i] = floats(sums_of(total)) * query_scale * by_key<H>(keys.scales + i * K);
+        scores[i] = floats(dot_block<H>(queries.integers, keys.at(i * K), keys.row, key_width)) * query_scale * by_key<H>(keys.scales + i * K);
     }
 }
 
@@ -299,37 +434,18 @@ __attribute__((noinline)) void mix_fixed(Floats* scores, const Fixed& values, in
         scores[i] = scores[i] == 0.0f ? spread(0) : scores[i] * by_key<H>(values.scales + i * K);
         sum += scores[i], top = larger(top, scores[i]);
     }
-    float sums[H], tops[H], units[H], inverses[H];
-    over_keys<H>(sum, sums, add), over_keys<H>(top, tops, most);
-    for (int h = 0; h < H; ++h) units[h] = most(sums[h] / MOST, tops[h] / REACH), inverses[h] = units[h] > 0 ? 1 / units[h] : 0;
+    float totals[H], tops[H], units[H], inverses[H];
+    over_keys<H>(sum, totals, add), over_keys<H>(top, tops, most);
+    for (int h = 0; h < H; ++h) units[h] = most(totals[h] / MOST, tops[h] / REACH), inverses[h] = units[h] > 0 ? 1 / units[h] : 0;
     const Floats inverse = by_head<H>(inverses);
     alignas(64) int16_t weights[SPAN * H];
     for (int i = from / K; i * K < to; ++i) store_low(weights + i * LANES, nearest(scores[i], inverse));
 
     for (int c = 0; c < value_width; c += 32) {
-        Ints low[H] = {}, high[H] = {};
-        for (int s = from / 2 * 2; s < to;) {
-            const int16_t* at = values.at(s) + c;
-            for (const int stop = std::min(to, s / LANES * LANES + LANES); s < stop; s += 2, at += 2 * values.row) {
-                Shorts a = load_as<Shorts>(at), b = load_as<Shorts>(at + values.row);
-                keep(a), keep(b);
-                const Shorts lows = zip_low(a, b), highs = zip_high(a, b);
-                const int16_t* pair = weights + s / K * LANES + s % K;
-#pragma GCC unroll 8
-                for (int h = 0; h < H; ++h) {
-                    Shorts weight = spread_two(pair + h * K);
-                    keep(weight);
-                    low[h] = dot_shorts(low[h], lows, weight);
-                    high[h] = dot_shorts(high[h], highs, weight);
-                }
-            }
-        }
-        for (int h = 0; h < H; ++h) {
-            float* at = out.values + h * out.width + c;
-            const Floats a = floats(low[h]) * units[h], b = floats(high[h]) * units[h];  // columns 0-3, 8-11, ..., and 4-7, 12-15, ...
-            store(at, __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-            store(at + LANES, __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
-        }
+        Ints sums[H][2];
+        sum_columns<H>(values, c, weights, from, to, sums);
+        for (int h = 0; h < H; ++h)
+            for (int part = 0; part < 2; ++part) store(out.values + h * out.width + c + part * LANES, floats(sums[h][part]) * units[h]);
     }
 }
 

@@ -35,6 +35,12 @@ inline V load_as(const P* p) {
 
 // Written out, as compilers take 0 + x for an addition.
 inline Floats spread(float x) { return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+template <class V>
+inline V spread_as(float x) {
+    V v;
+    for (size_t i = 0; i < sizeof v / sizeof x; ++i) v[i] = x;
+    return v;
+}
 inline Floats load(const float* p) { return load_as<Floats>(p); }
 inline Floats load(const bf16* p) {
     return reinterpret_cast<Floats>(__builtin_convertvector(load_as<Halves>(p), Words) << 16);
@@ -51,9 +57,8 @@ typedef float Eight __attribute__((vector_size(32)));
 inline Eight low(Floats v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
 inline Eight high(Floats v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
 inline Eight fma(Eight a, Eight b, Eight c) { return _mm256_fmadd_ps(a, b, c); }
-inline Floats fma(Floats a, Floats b, Floats c) {
-    return __builtin_shufflevector(fma(low(a), low(b), low(c)), fma(high(a), high(b), high(c)), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
+inline Floats both(Eight low, Eight high) { return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline Floats fma(Floats a, Floats b, Floats c) { return both(fma(low(a), low(b), low(c)), fma(high(a), high(b), high(c))); }
 #else
 inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
@@ -139,22 +144,32 @@ inline float largest(Floats v) {
     return top;
 }
 
-// exp to 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. Exactly 0 below -87 (so for -inf); NaN stays NaN.
-inline Floats exp(Floats x) {
-    Floats clamped = x < -87.0f ? spread(-87.0f) : x;
-    clamped = clamped > 88.0f ? spread(88.0f) : clamped;
+// exp to 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. Exactly 0 below -87 (so for -inf); NaN stays NaN. `I`: as many integers.
+template <class V, class I>
+inline V exp_of(V x) {
+    auto all = [](float c) __attribute__((always_inline)) { return spread_as<V>(c); };
+    V clamped = x < -87.0f ? all(-87.0f) : x;
+    clamped = clamped > 88.0f ? all(88.0f) : clamped;
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
-    Floats n = fma(clamped, spread(1.44269504f), spread(shift));
-    Ints exponent = reinterpret_cast<Ints>(n) << 23;
+    V n = fma(clamped, all(1.44269504f), all(shift));
+    I exponent = reinterpret_cast<I>(n) << 23;
     n -= shift;
-    Floats r = fma(n, spread(2.12194440e-4f), fma(n, spread(-0.693359375f), clamped));
-    Floats p = spread(1.0f / 720);
-    for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, spread(c));
-    Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + exponent);
-    return x < -87.0f ? spread(0) : scaled;
+    V r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), clamped));
+    V p = all(1.0f / 720);
+    for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, all(c));
+    V scaled = reinterpret_cast<V>(reinterpret_cast<I>(p) + exponent);
+    return x < -87.0f ? all(0) : scaled;
 }
-inline float exp1(float x) { return exp(spread(x))[0]; }
+#if defined(__FMA__) && !defined(__AVX512F__)
+typedef int32_t EightInts __attribute__((vector_size(32)));
+inline Eight exp(Eight x) { return exp_of<Eight, EightInts>(x); }
+inline Floats exp(Floats x) { return both(exp(low(x)), exp(high(x))); }
+inline Floats silu(Floats x) { return both(low(x) / (1.0f + exp(-low(x))), high(x) / (1.0f + exp(-high(x)))); }
+#else
+inline Floats exp(Floats x) { return exp_of<Floats, Ints>(x); }
 inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
+#endif
+inline float exp1(float x) { return exp(spread(x))[0]; }
 
 // Sixteen pairs of bf16 meet a pair of activations in PAIR_STEPS steps: an instruction does both products, the second one first,
 // each fused; without it they are two steps. `Narrow` is how such activations are kept: rounded to bf16 either way.

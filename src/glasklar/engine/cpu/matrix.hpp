@@ -121,52 +121,11 @@ inline Floats half_scales(const uint8_t* p) {
 #endif
 }
 
-// A tile is multiplied by parts of as many outputs as a register has lanes.
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-constexpr int PARTS = 2;
-#else
-constexpr int PARTS = 1;
-#endif
-constexpr int PART = LANES / PARTS;
-typedef float PartFloats __attribute__((vector_size(4 * PART)));
-typedef int32_t PartInts __attribute__((vector_size(4 * PART)));
-typedef uint32_t PartWords __attribute__((vector_size(4 * PART)));
-
 inline uint32_t four_bytes(const int8_t* p) {
     uint32_t w;
     std::memcpy(&w, p, 4);
     return w;
 }
-
-#if !defined(__AVX512VNNI__)
-// Dots of a group's eight quads of weights (with their offset) with 32 activations, the offset taken back.
-template <int KIND>
-inline PartInts dot_group(const PartWords* w, const Eights& x) {
-    const int32_t offset = KIND == INT4 ? x.sum : x.sum * 16;
-#if defined(__AVX2__)
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i dot = _mm256_set1_epi32(KIND == INT4 ? offset : 0), pairs = _mm256_setzero_si256();
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        const __m256i quad = reinterpret_cast<__m256i>(w[i]), four = _mm256_set1_epi32(int(four_bytes(x.values + 4 * i)));
-        // Eight pairs of 15 * 127 + 15 * 127 stay within 16 bits. Of int8 the offset is taken off first, and the sign of
-        // the activations moved over: 127 * 127 + 127 * 127 do too.
-        if constexpr (KIND == INT4) {
-            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(quad, four));
-        } else {
-            const __m256i plain = _mm256_xor_si256(quad, _mm256_set1_epi8(-128));
-            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(four), _mm256_sign_epi8(plain, four)), ones));
-        }
-    }
-    if constexpr (KIND == INT4) dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
-    return reinterpret_cast<PartInts>(dot);
-#else
-    PartInts dot = PartInts{} + offset;
-    for (int i = 0; i < GROUP; ++i) dot += reinterpret_cast<PartInts>(w[i / 4] >> i % 4 * 8 & 255u) * int32_t(x.values[i]);
-    return dot;
-#endif
-}
-#endif
 
 // Tiles that `rows` rows of activations meet at once. An AVX-512 core does two products a cycle and little more than one load: an
 // activation is loaded for all tiles and a weight for all rows, and their sums fill the registers.
@@ -205,10 +164,42 @@ class Product {
    private:
     typedef std::conditional_t<KIND == FLOAT, float, std::conditional_t<KIND == BF16, Narrow, Eights>> Element;
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // Halves of a tile, as a register has eight lanes; compilers make no good code of vectors that are longer than registers.
+    template <int T>
+    __attribute__((always_inline)) void add_floats(const uint8_t* const* at, bool far, int g, Floats* sums) const {
+        static_assert(T == 1);
+        constexpr int STEP = KIND == FLOAT ? 1 : 2;  // inputs a vector
+        for (int i = 0; far && i < SIZE; i += 64) __builtin_prefetch(at[0] + LATER + i);
+        for (int part = 0; part < 2; ++part) {
+            float* to = reinterpret_cast<float*>(sums) + 8 * part;
+            __m256 now[2][M];
+#pragma GCC unroll 8
+            for (int i = 0; i < 2 * M; ++i) now[i / M][i % M] = _mm256_loadu_ps(to + i * TILE);
+            const uint8_t* from = at[0] + 32 * part;
+            for (int k = 0; k < GROUP / STEP; k += 2, from += 128)
+#pragma GCC unroll 2
+                for (int odd = 0; odd < 2; ++odd) {
+                    const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 64 * odd));
+#pragma GCC unroll 2
+                    for (int step = 0; step < STEP; ++step) {
+                        const __m256i w = KIND == FLOAT ? word : step == 0 ? _mm256_and_si256(word, _mm256_set1_epi32(int(0xffff0000))) : _mm256_slli_epi32(word, 16);
+#pragma GCC unroll 4
+                        for (int m = 0; m < M; ++m) {
+                            const float* x = rows_[m] + g * GROUP + STEP * (k + odd) + (KIND == FLOAT ? 0 : 1 - step);
+                            now[odd][m] = _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_broadcast_ss(x), now[odd][m]);
+                        }
+                    }
+                }
+#pragma GCC unroll 8
+            for (int i = 0; i < 2 * M; ++i) _mm256_storeu_ps(to + i * TILE, now[i / M][i % M]);
+        }
+    }
+#else
     template <int T>
     __attribute__((always_inline)) void add_floats(const uint8_t* const* at, bool far, int g, Floats* sums) const {
         constexpr int STEP = KIND == FLOAT ? 1 : 2;                      // inputs a vector
-        constexpr int TOGETHER = T * M > (PARTS == 1 ? 8 : 2) ? 1 : 2;  // of even and odd steps, as registers allow
+        constexpr int TOGETHER = T * M > 8 ? 1 : 2;  // of even and odd steps, as registers allow
         for (int first = 0; first < 2; first += TOGETHER) {
             Floats now[TOGETHER][T][M];
             auto each = [&](auto f) __attribute__((always_inline)) {
@@ -248,6 +239,8 @@ class Product {
             each([](Floats& mine, Floats& sum) __attribute__((always_inline)) { sum = mine; });
         }
     }
+
+#endif
 
 #if defined(__AVX512VNNI__)
     template <int T>
@@ -308,27 +301,72 @@ class Product {
             }
         }
     }
-#else
+#elif defined(__AVX2__)
     template <int T>
     __attribute__((always_inline)) void add_integers(const uint8_t* const* at, bool far, int g, Floats* sums) const {
         static_assert(T == 1);
         for (int i = 0; far && i < SIZE; i += 64) __builtin_prefetch(at[0] + LATER + i);
-        const Floats scales = half_scales(at[0] + SIZE - 2 * TILE);
-        for (int part = 0; part < PARTS; ++part) {
-            const int place = part * 4 * PART;
-            PartWords w[8];
-            for (int i = 0; i < (KIND == INT4 ? 4 : 8); ++i) {
-                w[i] = load_as<PartWords>(at[0] + 64 * i + place);
-                if constexpr (KIND == INT4) w[i + 4] = w[i] >> 4 & 0x0f0f0f0fu, w[i] &= 0x0f0f0f0fu;
+        const __m256i ones = _mm256_set1_epi16(1);
+        // A register has the lanes of half a tile. Activations are spread once for both halves; the sums of a group fill the registers.
+        __m256i dots[2][M];
+#pragma GCC unroll 8
+        for (int i = 0; i < (KIND == INT4 ? 4 : 8); ++i) {
+            __m256i words[2];
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) words[half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at[0] + 64 * i + 32 * half));
+#pragma GCC unroll 2
+            for (int high = 0; high < (KIND == INT4 ? 2 : 1); ++high) {
+                __m256i w[2];
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; ++half)  // of int4 with its offset, of int8 without
+                    w[half] = KIND == INT8 ? _mm256_xor_si256(words[half], _mm256_set1_epi8(-128))
+                                           : _mm256_and_si256(high ? _mm256_srli_epi16(words[half], 4) : words[half], _mm256_set1_epi8(15));
+#pragma GCC unroll 4
+                for (int m = 0; m < M; ++m) {
+                    const __m256i x = _mm256_set1_epi32(int(four_bytes(rows_[m][g].values + 4 * i + 16 * high)));
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; ++half) {
+                        __m256i& dot = dots[half][m];
+                        if constexpr (KIND == INT4) {  // eight pairs of 15 * 127 + 15 * 127 stay within 16 bits
+                            const __m256i pairs = _mm256_maddubs_epi16(w[half], x);
+                            dot = i == 0 && high == 0 ? pairs : _mm256_add_epi16(dot, pairs);
+                        } else {  // the sign of the activations is moved over: 127 * 127 + 127 * 127 stay within 16 bits
+                            const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w[half], x)), ones);
+                            dot = i == 0 ? fours : _mm256_add_epi32(dot, fours);
+                        }
+                        asm("" : "+x"(dot));  // else compilers add up last what they should add at once, and have no room for it
+                    }
+                }
             }
-            const PartFloats scale = load_as<PartFloats>(reinterpret_cast<const uint8_t*>(&scales) + place);
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at[0] + SIZE - 2 * TILE + 16 * half)));
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
-                const PartInts dot = dot_group<KIND>(w, rows_[m][g]);
-                uint8_t* to = reinterpret_cast<uint8_t*>(sums + m) + place;
-                const PartFloats sum = fma(__builtin_convertvector(dot, PartFloats), scale * rows_[m][g].scale, load_as<PartFloats>(to));
-                std::memcpy(to, &sum, sizeof sum);
+                const Eights& x = rows_[m][g];
+                __m256i dot = dots[half][m];
+                if constexpr (KIND == INT4) dot = _mm256_add_epi32(_mm256_madd_epi16(dot, ones), _mm256_set1_epi32(x.sum));
+                float* to = reinterpret_cast<float*>(sums + m) + 8 * half;
+                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(scale, _mm256_broadcast_ss(&x.scale)), _mm256_loadu_ps(to)));
             }
+        }
+    }
+#else
+    template <int T>
+    __attribute__((always_inline)) void add_integers(const uint8_t* const* at, bool, int g, Floats* sums) const {
+        static_assert(T == 1);
+        Words w[8];
+        for (int i = 0; i < (KIND == INT4 ? 4 : 8); ++i) {
+            w[i] = load_as<Words>(at[0] + 64 * i);
+            if constexpr (KIND == INT4) w[i + 4] = w[i] >> 4 & 0x0f0f0f0fu, w[i] &= 0x0f0f0f0fu;
+        }
+        const Floats scales = half_scales(at[0] + SIZE - 2 * TILE);
+        for (int m = 0; m < M; ++m) {
+            const Eights& x = rows_[m][g];
+            Ints dot = Ints{} + (KIND == INT4 ? x.sum : x.sum * 16);
+            for (int i = 0; i < GROUP; ++i) dot += reinterpret_cast<Ints>(w[i / 4] >> i % 4 * 8 & 255u) * int32_t(x.values[i]);
+            sums[m] = fma(floats(dot), scales * x.scale, sums[m]);
         }
     }
 #endif
