@@ -22,7 +22,7 @@ from glasklar.engine.shapes import rounded_rows
 from glasklar.model.attention import GroupedQueryAttention, LatentAttention, inverse_frequencies
 from glasklar.model.moe import FeedForward, MixtureOfExperts
 from glasklar.model.transformer import Block, Transformer
-from glasklar.ops.paged import PagedOps
+from glasklar.ops.paged import PagedOps, Parts
 
 LATENT_EPS = 1e-6  # the norms within MLA have one of their own
 # Passes of up to so many tokens that all draw are recorded; of how many pages a recorded one can reach: 4^n times 32.
@@ -142,12 +142,12 @@ class CudaNetwork:
         """As `NativeNetwork.run`; logits, states and hidden are on the device."""
         longest = int(positions.max()) + 1
         self._reach(longest)
-        T, O = len(ids), len(outputs)
+        T, drawn_rows = len(ids), len(outputs)
         rows, own = np.unique(sequences, return_inverse=True)
         pages = -(-longest // self.page)
-        recorded = O == T <= RECORDED_TOKENS and self.device.type == "cuda"
+        recorded = drawn_rows == T <= RECORDED_TOKENS and self.device.type == "cuda"
         if recorded:
-            T = O = rounded_rows(T)
+            T = drawn_rows = rounded_rows(T)
             width = SHORTEST_TABLE
             while width < pages:
                 width *= 4
@@ -158,9 +158,9 @@ class CudaNetwork:
         short = np.zeros((T if recorded else len(rows), width), np.int32)
         short[: len(rows), :pages] = tables[rows, :pages]
         columns = [
-            _filled(uniforms, O, np.float64), _filled(temperatures, O, np.float32), _filled(ids, T),
+            _filled(uniforms, drawn_rows, np.float64), _filled(temperatures, drawn_rows, np.float32), _filled(ids, T),
             _filled(positions, T, empty=-1), _filled(own, T), firsts.astype(np.int32), counts.astype(np.int32),
-            np.arange(O, dtype=np.int32) if recorded else outputs, short.reshape(-1),
+            np.arange(drawn_rows, dtype=np.int32) if recorded else outputs, short.reshape(-1),
         ]  # fmt: skip
         host = torch.from_numpy(np.concatenate([column.view(np.int32) for column in columns]))
         sizes = [len(column) * column.itemsize // 4 for column in columns]
@@ -193,7 +193,10 @@ class CudaNetwork:
 
     def _tiles(self, positions: NDArray[np.int32], own: NDArray[np.int64]) -> tuple[NDArray, NDArray, int]:
         """Stretches of tokens that follow each other in a sequence: where they begin, how many, how many at most."""
-        T, group = len(positions), self.config.num_attention_heads // (1 if self.config.is_mla else self.config.kv_heads)
+        T, group = (
+            len(positions),
+            self.config.num_attention_heads // (1 if self.config.is_mla else self.config.kv_heads),
+        )
         most = max(1, TILE_ROWS // min(16, 1 << (group - 1).bit_length())) if T > 16 else 1
         follows = np.zeros(T, np.bool_)
         follows[1:] = (own[1:] == own[:-1]) & (positions[1:] == positions[:-1] + 1)
@@ -237,7 +240,7 @@ class CudaNetwork:
             )
             x_TD = ops.product(joined, module.eh_proj.weight)
             blocks, norm = [module.block], module.norm  # type: ignore[list-item]
-        added: Tensor | None = None
+        added: Tensor | Parts | None = None
         for layer, block in enumerate(blocks):
             x_TD, normed = ops.add_norm(x_TD, added, block.input_layernorm.weight, eps, dtype)
             attention = block.self_attn
@@ -250,8 +253,8 @@ class CudaNetwork:
         every = None
         if hidden:
             _, every = ops.add_norm(x_TD, added, norm.weight, eps, torch.float32)
-        last = [None if x is None else x.index_select(0, p.outputs) for x in (x_TD, added)]
-        _, normed = ops.add_norm(last[0], last[1], norm.weight, eps, dtype)
+        last = added.rows(p.outputs) if isinstance(added, Parts) else None if added is None else added[p.outputs]
+        _, normed = ops.add_norm(x_TD[p.outputs], last, norm.weight, eps, dtype)
         if not len(p.outputs):
             nothing = torch.zeros(2, 0, device=self.device)
             return _Outputs(torch.zeros(0, self.config.vocab_size, device=self.device), nothing, every)
@@ -262,13 +265,11 @@ class CudaNetwork:
     def _latent(self, a: LatentAttention, x_TD: Tensor, cache: Tensor, p: _Inputs) -> Tensor:
         """MLA, absorbed: queries move into the space of the latents, and what is mixed there moves out again."""
         ops, c, dtype = self.ops, self.config, self.cache_dtype
-        if c.q_lora_rank is None:
-            q = ops.product(x_TD, a.q_proj.weight)
-        else:
-            low = ops.product(x_TD, a.q_a_proj.weight, a.q_a_proj.bias)
-            _, low = ops.add_norm(low, None, a.q_a_layernorm.weight, LATENT_EPS, dtype)
+        first, second = a.q_proj if c.q_lora_rank is None else a.q_a_proj, a.kv_a_proj_with_mqa
+        q, kv = ops.products(x_TD, (first.weight, second.weight), (first.bias, second.bias))
+        if c.q_lora_rank is not None:
+            _, low = ops.add_norm(q, None, a.q_a_layernorm.weight, LATENT_EPS, dtype)
             q = ops.product(low, a.q_b_proj.weight)
-        kv = ops.product(x_TD, a.kv_a_proj_with_mqa.weight, a.kv_a_proj_with_mqa.bias)
         nope, tail = ops.turn_latent(
             q.unflatten(-1, (-1, a.N + a.R)), kv, a.kv_a_layernorm.weight, LATENT_EPS, self._angles, c.rope_interleave,
             p.where, cache, dtype,
@@ -282,10 +283,9 @@ class CudaNetwork:
 
     def _grouped(self, a: GroupedQueryAttention, x_TD: Tensor, cache: Tensor, p: _Inputs) -> Tensor:
         ops, c = self.ops, self.config
-        q, k, v = (
-            ops.product(x_TD, linear.weight, linear.bias).unflatten(-1, (-1, c.qk_head_dim))
-            for linear in (a.q_proj, a.k_proj, a.v_proj)
-        )
+        three = (a.q_proj, a.k_proj, a.v_proj)
+        made = ops.products(x_TD, [linear.weight for linear in three], [linear.bias for linear in three])
+        q, k, v = (x.unflatten(-1, (-1, c.qk_head_dim)) for x in made)
         norms = None if a.q_norm is None or a.k_norm is None else (a.q_norm.weight, a.k_norm.weight)
         main = ops.turn_heads(
             q, k, v, norms, c.rms_norm_eps, self._angles, c.rope_interleave, p.where, cache, self.cache_dtype
@@ -295,7 +295,7 @@ class CudaNetwork:
             longest=p.longest, window=a.window or 0, sinks_H=a.sinks,
         )  # fmt: skip
 
-    def _feed(self, mlp: FeedForward | MixtureOfExperts, x_TD: Tensor) -> Tensor:
+    def _feed(self, mlp: FeedForward | MixtureOfExperts, x_TD: Tensor) -> Tensor | Parts:
         ops, c = self.ops, self.config
         if isinstance(mlp, FeedForward):
             return ops.product(ops.gated_product(x_TD, mlp.gate_up_proj.weight), mlp.down_proj.weight)

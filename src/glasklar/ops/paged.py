@@ -1,19 +1,19 @@
-"""What a pass of the engine over pages of its cache is made of, in plain PyTorch: any device, any float type. The oracle
-for the kernels in `cuda/`, which share these signatures.
+"""What a pass of the engine over pages of its cache is made of, in plain PyTorch: any device, any float type. The
+oracle for the kernels in `cuda/`, which share these signatures.
 
 Every token of a pass is a row: of a prompt, of an answer, of a guess. Its numbers in the cache [pages, PAGE, width] lie
 where the table of its sequence says. The residual stream and sums are fp32; what products take is in the weights' type.
 
     cache   [pages, PAGE, width]: rows of a layer, each with room behind its numbers if that is wanted
-    where   positions [T] (-1: the row fills up a pass and means nothing), sequences [T], tables [sequences, pages]: int32
+    where   positions [T] (-1: the row fills up a pass, nothing more), sequences [T], tables [sequences, pages]: int32
     angles  cos and sin of the rotary positions [positions, R/2], fp32
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,29 @@ Where = tuple[Tensor, Tensor, Tensor]
 Angles = tuple[Tensor, Tensor]
 
 
+class Parts(NamedTuple):
+    """What experts give [T, A, D], their weights [T, A], and what the shared ones give [T, D]: not added up yet."""
+
+    parts_TAD: Tensor
+    weights_TA: Tensor
+    shared_TD: Tensor | None
+
+    def rows(self, places: Tensor) -> Parts:
+        shared = None if self.shared_TD is None else self.shared_TD[places]
+        return Parts(self.parts_TAD[places], self.weights_TA[places], shared)
+
+
 def add_norm(
-    x_TD: Tensor, added_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
+    x_TD: Tensor, added: Tensor | Parts | None, weight_D: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """x + added in fp32, and its norm in `dtype`."""
-    total = x_TD if added_TD is None else x_TD + added_TD
+    """x + added in fp32, and its norm in `dtype`. Parts are added in their order, the shared one first."""
+    total = x_TD
+    if isinstance(added, Parts):
+        total = total if added.shared_TD is None else total + added.shared_TD
+        for slot in range(added.weights_TA.shape[1]):
+            total = total + added.weights_TA[:, slot, None] * added.parts_TAD[:, slot]
+    elif added is not None:
+        total = total + added
     return total, reference.rms_norm(total, weight_D, eps).to(dtype)
 
 
@@ -38,6 +56,11 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None, dtype: torch.dtype
     x = x.to(w.dtype).float()
     out = torch.einsum("thk,hnk->thn", x, w.float()) if w.ndim == 3 else x @ w.float().T
     return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """`product` of the same rows with several matrices [N, K]."""
+    return [product(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
 
 
 def gated_product(x_TD: Tensor, gate_up_FD: Tensor) -> Tensor:
@@ -136,22 +159,20 @@ def route(
 def experts(
     x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up: tuple[Tensor, Tensor | None],
     down: tuple[Tensor, Tensor | None], shared_TD: Tensor | None, clamp: tuple[float, float] | None,
-) -> Tensor:  # fmt: skip
-    """The shared experts' part, if any, plus each chosen expert's by its weight, in the order of the choice [T, D].
+) -> Parts:  # fmt: skip
+    """What each chosen expert gives, beside what is known already: weights and the shared experts' part.
 
     gate_up, down   weights [E, 2F, D] and [E, D, F] with their biases [E, 2F] and [E, D], or None
     clamp           alpha and limit of gpt-oss (`reference.clamped_swiglu`); None: plain SwiGLU
     """
-    y_TD = torch.zeros(x_TD.shape, device=x_TD.device) if shared_TD is None else shared_TD.clone()
-    for slot in range(ids_TA.shape[1]):
-        for expert in ids_TA[:, slot].unique().tolist():
-            rows = (ids_TA[:, slot] == expert).nonzero()[:, 0]
-            bias = [None if b is None else b[expert] for _, b in (gate_up, down)]
-            both = product(x_TD[rows], gate_up[0][expert], bias[0])
-            hidden = reference.swiglu(both) if clamp is None else reference.clamped_swiglu(both, *clamp)
-            out = product(hidden, down[0][expert], bias[1])
-            y_TD[rows] += out * weights_TA[rows, slot, None]
-    return y_TD
+    parts_TAD = torch.empty(*ids_TA.shape, x_TD.shape[1], device=x_TD.device)
+    for expert in ids_TA.unique().tolist():
+        rows, slots = (ids_TA == expert).nonzero(as_tuple=True)
+        bias = [None if b is None else b[expert] for _, b in (gate_up, down)]
+        both = product(x_TD[rows], gate_up[0][expert], bias[0])
+        hidden = reference.swiglu(both) if clamp is None else reference.clamped_swiglu(both, *clamp)
+        parts_TAD[rows, slots] = product(hidden, down[0][expert], bias[1])
+    return Parts(parts_TAD, weights_TA, shared_TD)
 
 
 def draw(logits_OW: Tensor, temperature_O: Tensor, uniform_O: Tensor, coldest: float) -> tuple[Tensor, Tensor]:
@@ -173,6 +194,7 @@ class PagedOps:
     name: str
     add_norm: Callable[..., Any] = add_norm
     product: Callable[..., Any] = product
+    products: Callable[..., Any] = products
     gated_product: Callable[..., Any] = gated_product
     turn_latent: Callable[..., Any] = turn_latent
     turn_heads: Callable[..., Any] = turn_heads
@@ -193,6 +215,7 @@ def triton_ops() -> PagedOps:
         name="triton",
         add_norm=pointwise.add_norm,
         product=products.product,
+        products=products.products,
         gated_product=products.gated_product,
         turn_latent=pointwise.turn_latent,
         turn_heads=pointwise.turn_heads,

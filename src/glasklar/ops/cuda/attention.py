@@ -1,8 +1,11 @@
 """Attention over the pages of the cache in Triton: latent (absorbed MLA) and grouped-query in one kernel.
 
+Scores and sums lie the other way round, keys or values by queries: what comes from the cache is then the operand of
+which the tensor cores take 64 rows at a time, and few queries do not fill up to that.
+
 The keys of a query lie in spans of a fixed length from position 0 on. A program takes one span for some heads of one
-token, or of several that follow each other (flash-decoding, arXiv 2311.01282); what the spans brought is joined in their
-order. Where a span begins depends on positions alone, so a token's bits do not depend on its company.
+token, or of several that follow each other (flash-decoding, arXiv 2311.01282); what the spans brought is joined in
+their order. Where a span begins depends on positions alone, so a token's bits do not depend on its company.
 """
 
 from __future__ import annotations
@@ -46,17 +49,17 @@ def _attend(
     m = tl.arange(0, MAIN)
     v = tl.arange(0, VALUE)
     at = t * H + head
-    q = tl.load(main + at[:, None] * MAIN_W + m[None, :], mask=valid[:, None] & (m[None, :] < MAIN_W), other=0)
+    q = tl.load(main + at[None, :] * MAIN_W + m[:, None], mask=valid[None, :] & (m[:, None] < MAIN_W), other=0)
     if TAIL_W > 0:
         r_dims = tl.arange(0, TAIL)
         q_tail = tl.load(
-            tail + at[:, None] * TAIL_W + r_dims[None, :], mask=valid[:, None] & (r_dims[None, :] < TAIL_W), other=0
+            tail + at[None, :] * TAIL_W + r_dims[:, None], mask=valid[None, :] & (r_dims[:, None] < TAIL_W), other=0
         )
     table = tables + tl.load(sequences + first).to(tl.int64) * width
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    mixed = tl.zeros([ROWS, VALUE], tl.float32)
-    ones = tl.full([KEYS, 16], 1.0, q.dtype)
-    sixteen = tl.zeros([ROWS, 16], tl.float32)  # the same sum in each: the tensor cores add in a fixed order
+    mixed = tl.zeros([VALUE, ROWS], tl.float32)
+    ones = tl.full([64, KEYS], 1.0, q.dtype)
+    total = tl.zeros([64, ROWS], tl.float32)  # the same sum in each: the tensor cores add in a fixed order
     end = tl.minimum(begin + SPAN, last + 1)
     if window > 0:
         lowest = tl.min(tl.where(valid, position, last), 0) - window + 1
@@ -66,32 +69,34 @@ def _attend(
         inside = key < end
         page = tl.load(table + key // PAGE, mask=inside, other=0).to(tl.int64)
         row = cache + (page * PAGE + key % PAGE) * row_width + kv * (0 if SHARED else MAIN_W + VALUE_W)
-        k_main = tl.load(row[None, :] + m[:, None], mask=inside[None, :] & (m[:, None] < MAIN_W), other=0)
-        scores = tl.dot(q, k_main, input_precision="ieee")
+        k_main = tl.load(row[:, None] + m[None, :], mask=inside[:, None] & (m[None, :] < MAIN_W), other=0)
+        scores = tl.dot(k_main, q, input_precision="ieee")
         if TAIL_W > 0:
             k_tail = tl.load(
-                row[None, :] + MAIN_W + r_dims[:, None], mask=inside[None, :] & (r_dims[:, None] < TAIL_W), other=0
+                row[:, None] + MAIN_W + r_dims[None, :], mask=inside[:, None] & (r_dims[None, :] < TAIL_W), other=0
             )
-            scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
-        seen = inside[None, :] & (key[None, :] <= position[:, None])
+            scores = tl.dot(k_tail, q_tail, scores, input_precision="ieee")
+        seen = inside[:, None] & (key[:, None] <= position[None, :])
         if window > 0:
-            seen = seen & (key[None, :] > position[:, None] - window)
+            seen = seen & (key[:, None] > position[None, :] - window)
         scores = tl.where(seen, scores * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        new_top = tl.maximum(top, tl.max(scores, 0))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         faded = tl.exp2(top - base)
-        chances = tl.exp2(scores - base[:, None]).to(q.dtype)
+        chances = tl.exp2(scores - base[None, :]).to(q.dtype)
         if SHARED:
-            k_value = tl.trans(k_main)
+            k_value = k_main
         else:
-            k_value = tl.load(row[:, None] + MAIN_W + v[None, :], mask=inside[:, None] & (v[None, :] < VALUE_W), other=0)
-        mixed = tl.dot(chances, k_value, mixed * faded[:, None], input_precision="ieee")
-        sixteen = tl.dot(chances, ones, sixteen * faded[:, None], input_precision="ieee")
+            k_value = tl.load(
+                row[:, None] + MAIN_W + v[None, :], mask=inside[:, None] & (v[None, :] < VALUE_W), other=0
+            )
+        mixed = tl.dot(tl.trans(k_value), chances, mixed * faded[None, :], input_precision="ieee")
+        total = tl.dot(ones, chances, total * faded[None, :], input_precision="ieee")
         top = new_top
     place = ((tl.program_id(0).to(tl.int64) * most + token) * H + head) * spans + span
-    tl.store(values + place[:, None] * VALUE_W + v[None, :], mixed, mask=valid[:, None] & (v[None, :] < VALUE_W))
+    tl.store(values + place[None, :] * VALUE_W + v[:, None], mixed, mask=valid[None, :] & (v[:, None] < VALUE_W))
     tl.store(maxima + place, top, mask=valid)
-    tl.store(sums + place, tl.max(sixteen, 1), mask=valid)
+    tl.store(sums + place, tl.max(total, 0), mask=valid)
 
 
 @triton.jit
@@ -158,7 +163,7 @@ def attend(
             main_THX, tail_THR, cache, tables, positions, sequences, firsts, counts, values, maxima, sums, tile, most,
             H, group, blocks, spans, tables.shape[1], cache.shape[-1], scale * math.log2(math.e), window, X, R, value,
             shared, _padded(X), _padded(R), wide, heads, rows, cache.shape[1], SPAN, KEYS,
-            num_warps=8 if rows >= 64 and wide >= 256 else 4, num_stages=2,
+            num_warps=8 if rows >= 32 and wide >= 256 else 4, num_stages=2,
         )  # fmt: skip
         _join[(count * most, H)](
             values, maxima, sums, sinks_H, positions, firsts, counts, out, tile, most, H, spans, window,

@@ -7,14 +7,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glasklar.ops.paged import Parts
+
 
 @triton.jit
-def _norm(x, added, weight, total, out, D, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(
+    x, added, parts, weights, weight, total, out, D, x_t, added_t, active, eps,
+    ADD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
-    row = tl.load(x + t * D + d, mask=d < D, other=0)
+    row = tl.load(x + t * x_t + d, mask=d < D, other=0)
     if ADD:
-        row += tl.load(added + t * D + d, mask=d < D, other=0)
+        row += tl.load(added + t * added_t + d, mask=d < D, other=0)
+    if PARTS:
+        for slot in range(active):
+            part = tl.load(parts + (t * active + slot) * D + d, mask=d < D, other=0)
+            row += tl.load(weights + t * active + slot) * part
+    if ADD or PARTS:
         tl.store(total + t * D + d, row, mask=d < D)
     inverse = 1 / tl.sqrt(tl.sum(row * row, 0) / D + eps)
     normed = row * inverse * tl.load(weight + d, mask=d < D, other=0).to(tl.float32)
@@ -22,15 +32,17 @@ def _norm(x, added, weight, total, out, D, eps, ADD: tl.constexpr, BLOCK: tl.con
 
 
 def add_norm(
-    x_TD: Tensor, added_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
+    x_TD: Tensor, added: Tensor | Parts | None, weight_D: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As `paged.add_norm`."""
     T, D = x_TD.shape
-    total = x_TD if added_TD is None else torch.empty_like(x_TD)
+    total = x_TD if added is None else torch.empty(T, D, device=x_TD.device)
     out = torch.empty(T, D, dtype=dtype, device=x_TD.device)
     block = triton.next_power_of_2(D)
+    parts, weights, plain = added if isinstance(added, Parts) else (None, None, added)
     _norm[(T,)](
-        x_TD, added_TD, weight_D, total, out, D, eps, added_TD is not None, block,
+        x_TD, plain, parts, weights, weight_D, total, out, D, x_TD.stride(0), 0 if plain is None else plain.stride(0),
+        0 if weights is None else weights.shape[1], eps, plain is not None, parts is not None, block,
         num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
     return total, out
@@ -45,7 +57,7 @@ def _row_of(tables, sequences, t, position, width, PAGE: tl.constexpr):
 
 @triton.jit
 def _turn_latent(
-    q, kv, cosine, sine, weight, positions, sequences, tables, cache, nope, tail, H, width, row_width, eps,
+    q, kv, cosine, sine, weight, positions, sequences, tables, cache, nope, tail, H, width, row_width, q_t, kv_t, eps,
     INTERLEAVE: tl.constexpr, N: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +73,7 @@ def _turn_latent(
     first = 2 * i if INTERLEAVE else i
     second = 2 * i + 1 if INTERLEAVE else i + R // 2
     if h < H:
-        row = q + (t * H + h) * (N + R)
+        row = q + t * q_t + h * (N + R)
         n = tl.arange(0, BLOCK_N)
         tl.store(nope + (t * H + h) * N + n, tl.load(row + n, mask=n < N, other=0), mask=n < N)
         a = tl.load(row + N + first, mask=inside, other=0)
@@ -69,7 +81,7 @@ def _turn_latent(
         tl.store(tail + (t * H + h) * R + first, a * cos - b * sin, mask=inside)
         tl.store(tail + (t * H + h) * R + second, b * cos + a * sin, mask=inside)
     elif position >= 0:
-        row = kv + t * (C + R)
+        row = kv + t * kv_t
         c = tl.arange(0, BLOCK_C)
         latent = tl.load(row + c, mask=c < C, other=0)
         inverse = 1 / tl.sqrt(tl.sum(latent * latent, 0) / C + eps)
@@ -94,7 +106,8 @@ def turn_latent(
     tail = torch.empty(T, H, R, dtype=dtype, device=q_THK.device)
     _turn_latent[(T, H + 1)](
         q_THK, kv_TX, *angles, norm_C, positions, sequences, tables, cache, nope, tail, H, tables.shape[1],
-        cache.shape[-1], eps, interleave, K - R, R, C, triton.next_power_of_2(K - R), triton.next_power_of_2(C),
+        cache.shape[-1], q_THK.stride(0), kv_TX.stride(0), eps, interleave, K - R, R, C,
+        triton.next_power_of_2(K - R), triton.next_power_of_2(C),
         triton.next_power_of_2(R // 2), cache.shape[1], num_warps=1,
     )  # fmt: skip
     return nope, tail
@@ -102,7 +115,8 @@ def turn_latent(
 
 @triton.jit
 def _turn_heads(
-    q, k, v, cosine, sine, q_weight, k_weight, positions, sequences, tables, cache, out, H, G, width, row_width, eps,
+    q, k, v, cosine, sine, q_weight, k_weight, positions, sequences, tables, cache, out, H, G, width, row_width,
+    q_t, k_t, v_t, eps,
     NORM: tl.constexpr, INTERLEAVE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     HALF: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -118,9 +132,9 @@ def _turn_heads(
     first = 2 * i if INTERLEAVE else i
     second = 2 * i + 1 if INTERLEAVE else i + K // 2
     is_query = h < H
-    row = q + (t * H + h) * K
+    row = q + t * q_t + h * K
     if not is_query:
-        row = k + (t * G + h - H) * K
+        row = k + t * k_t + (h - H) * K
     a = tl.load(row + first, mask=inside, other=0)
     b = tl.load(row + second, mask=inside, other=0)
     if NORM:
@@ -140,7 +154,7 @@ def _turn_heads(
         tl.store(to + first, x, mask=inside)
         tl.store(to + second, y, mask=inside)
         j = tl.arange(0, BLOCK_V)
-        tl.store(to + K + j, tl.load(v + (t * G + h - H) * V + j, mask=j < V, other=0), mask=j < V)
+        tl.store(to + K + j, tl.load(v + t * v_t + (h - H) * V + j, mask=j < V, other=0), mask=j < V)
 
 
 def turn_heads(
@@ -156,7 +170,8 @@ def turn_heads(
     q_norm, k_norm = norms or (None, None)
     _turn_heads[(T, H + G)](
         q_THK, k_TGK, v_TGV, *angles, q_norm, k_norm, positions, sequences, tables, cache, out, H, G, tables.shape[1],
-        cache.shape[-1], eps, norms is not None, interleave, K, V, triton.next_power_of_2(V),
+        cache.shape[-1], q_THK.stride(0), k_TGK.stride(0), v_TGV.stride(0), eps, norms is not None, interleave, K, V,
+        triton.next_power_of_2(V),
         triton.next_power_of_2(K // 2), cache.shape[1], num_warps=1,
     )  # fmt: skip
     return out
@@ -234,57 +249,72 @@ def route(
 
 
 @triton.jit
-def _draw(logits, temperatures, numbers, tokens, logprobs, W, coldest, BLOCK: tl.constexpr):
+def _weigh(logits, temperatures, tops, places, plain, heated, W, blocks, coldest, BLOCK: tl.constexpr):
+    """Of one block of a row: the largest logit and where it stands, and sums of chances relative to it."""
     o = tl.program_id(0).to(tl.int64)
-    row = logits + o * W
-    best_value = float("-inf")
-    best = 0
-    for first in range(0, W, BLOCK):
-        w = first + tl.arange(0, BLOCK)
-        values = tl.load(row + w, mask=w < W, other=float("-inf"))
-        top = tl.max(values, 0)
-        place = tl.min(tl.where(values == top, w, W), 0)
-        if top > best_value:
-            best_value = top
-            best = place
+    w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(logits + o * W + w, mask=w < W, other=float("-inf"))
+    top = tl.max(values, 0)
     temperature = tl.load(temperatures + o)
-    greedy = temperature < coldest
-    heat = 1 / tl.where(greedy, 1.0, temperature)
-    plain = tl.zeros([BLOCK], tl.float64)
-    total = tl.cast(0.0, tl.float64)
-    for first in range(0, W, BLOCK):
-        w = first + tl.arange(0, BLOCK)
-        values = tl.load(row + w, mask=w < W, other=float("-inf")) - best_value
-        plain += tl.exp(values).to(tl.float64)
-        total += tl.sum(tl.exp(values * heat).to(tl.float64), 0)
-    chosen = best
-    if not greedy:
-        threshold = tl.load(numbers + o) * total
-        before = tl.cast(0.0, tl.float64)
-        found = 0
-        for first in range(0, W, BLOCK):
-            w = first + tl.arange(0, BLOCK)
-            values = tl.load(row + w, mask=w < W, other=float("-inf")) - best_value
-            chances = tl.exp(values * heat).to(tl.float64)
-            until = before + tl.sum(chances, 0)
-            if (found == 0) & (until > threshold):
-                passed = (before + tl.cumsum(chances, 0) > threshold) & (chances > 0)
-                last = tl.max(tl.where(chances > 0, w, 0), 0)  # reached where the sum rounds otherwise
-                chosen = tl.minimum(tl.min(tl.where(passed, w, W), 0), last)
-                found = 1
-            before = until
-    norm = tl.log(tl.sum(plain, 0)).to(tl.float32)
+    values = values - tl.where(top == float("-inf"), 0.0, top)
+    heat = 1 / tl.where(temperature < coldest, 1.0, temperature)
+    at = o * blocks + tl.program_id(1)
+    tl.store(tops + at, top)
+    tl.store(places + at, tl.minimum(tl.min(tl.where(values == 0, w, W), 0), W - 1))
+    tl.store(plain + at, tl.sum(tl.exp(values).to(tl.float64), 0))
+    tl.store(heated + at, tl.sum(tl.exp(values * heat).to(tl.float64), 0))
+
+
+@triton.jit
+def _draw(
+    logits, temperatures, numbers, tops, places, plain, heated, tokens, logprobs, W, blocks, coldest,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The first token whose sum of chances exceeds the number lies in the first block whose sum does."""
+    o = tl.program_id(0).to(tl.int64)
+    b = tl.arange(0, BLOCKS)
+    inside = b < blocks
+    top = tl.load(tops + o * blocks + b, mask=inside, other=float("-inf"))
+    best_value = tl.max(top, 0)
+    best = tl.minimum(tl.min(tl.where(inside & (top == best_value), b, BLOCKS), 0), blocks - 1)
+    temperature = tl.load(temperatures + o)
+    chosen = tl.load(places + o * blocks + best)
+    if temperature >= coldest:
+        heat = 1 / temperature
+        sums = tl.load(heated + o * blocks + b, mask=inside, other=0) * tl.exp((top - best_value) * heat).to(tl.float64)
+        until = tl.cumsum(sums, 0)
+        threshold = tl.load(numbers + o) * tl.sum(sums, 0)
+        filled = tl.max(tl.where(sums > 0, b, 0), 0)  # reached where the sum rounds otherwise
+        block = tl.minimum(tl.min(tl.where((until > threshold) & (sums > 0), b, BLOCKS), 0), filled)
+        before = tl.sum(tl.where(b == block, until - sums, 0), 0)
+        w = block * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(logits + o * W + w, mask=w < W, other=float("-inf")) - best_value
+        chances = tl.exp(values * heat).to(tl.float64)
+        passed = (before + tl.cumsum(chances, 0) > threshold) & (chances > 0)
+        last = tl.max(tl.where(chances > 0, w, 0), 0)
+        chosen = tl.minimum(tl.min(tl.where(passed, w, W), 0), last)
+    total = tl.load(plain + o * blocks + b, mask=inside, other=0) * tl.exp(top - best_value).to(tl.float64)
+    norm = tl.log(tl.sum(total, 0)).to(tl.float32)
     tl.store(tokens + o, chosen)
-    tl.store(logprobs + o, tl.load(row + chosen) - best_value - norm)
+    tl.store(logprobs + o, tl.load(logits + o * W + chosen) - best_value - norm)
 
 
 def draw(logits_OW: Tensor, temperature_O: Tensor, uniform_O: Tensor, coldest: float) -> tuple[Tensor, Tensor]:
     """As `paged.draw`."""
-    O, W = logits_OW.shape
-    tokens = torch.empty(O, dtype=torch.int32, device=logits_OW.device)
-    logprobs = torch.empty(O, dtype=torch.float32, device=logits_OW.device)
-    block = min(8192, triton.next_power_of_2(W))
-    _draw[(O,)](
-        logits_OW, temperature_O, uniform_O, tokens, logprobs, W, coldest, block, num_warps=16 if block > 2048 else 4
+    rows, W = logits_OW.shape
+    device = logits_OW.device
+    tokens = torch.empty(rows, dtype=torch.int32, device=device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=device)
+    block = min(4096, triton.next_power_of_2(W))
+    blocks = triton.cdiv(W, block)
+    tops = torch.empty(rows, blocks, dtype=torch.float32, device=device)
+    places = torch.empty(rows, blocks, dtype=torch.int32, device=device)
+    plain, heated = torch.empty(2, rows, blocks, dtype=torch.float64, device=device)
+    _weigh[(rows, blocks)](
+        logits_OW, temperature_O, tops, places, plain, heated, W, blocks, coldest, block, num_warps=8
     )
+    _draw[(rows,)](
+        logits_OW, temperature_O, uniform_O, tops, places, plain, heated, tokens, logprobs, W, blocks, coldest, block,
+        triton.next_power_of_2(blocks), num_warps=8,
+    )  # fmt: skip
     return tokens, logprobs

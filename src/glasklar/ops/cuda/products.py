@@ -7,12 +7,15 @@ rows for speed alone, and a row's bits do not depend on its company (`tests/ops/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from glasklar.ops.paged import Parts
 
 
 class Tile(NamedTuple):
@@ -25,10 +28,20 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(rows: int, outputs: int, depth: int, dtype: torch.dtype) -> Tile:
-    """Few rows: narrow tiles, so that all of the chip reads weights. Many: large ones, for arithmetic."""
-    if dtype == torch.float32:
+def tile_for(
+    rows: int, outputs: int, depth: int, dtype: torch.dtype, *, split: bool = False, turned: bool = False
+) -> Tile:
+    """Few rows: narrow tiles, so that all of the chip reads weights. Many: large ones, for arithmetic.
+
+    split    weights wider than the rows (`_product`)
+    turned   the outputs' weights for one k lie side by side
+    """
+    if split:
+        tile = Tile(16, 16, 256, 4, 3) if rows <= 16 else Tile(16, 32 if rows <= 512 else 64, 128, 4, 3)
+    elif dtype == torch.float32:
         tile = Tile(16, 16, 256, 4, 2) if rows <= 16 else Tile(64, 64, 32, 8, 2)
+    elif turned and rows <= 64:
+        tile = Tile(64, max(16, triton.next_power_of_2(rows)), 128, 4, 2)
     elif rows <= 16:
         tile = Tile(16, 16, 256, 2, 4) if outputs < 1 << 14 else Tile(64, 16, 128, 4, 4)
     elif rows <= 64:
@@ -40,53 +53,106 @@ def tile_for(rows: int, outputs: int, depth: int, dtype: torch.dtype) -> Tile:
 
 @triton.jit
 def _product(
-    x, w, bias, out, T, N, K, x_t, x_h, w_h, w_n, w_k, out_t, out_h,
-    HAS_BIAS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    x, w, bias, out, T, K, N, N1, N2, w1, w2, bias1, bias2, blocks, blocks1, x_t, x_h, w_h, w_n, w_k, out_t, out_h,
+    SEVERAL: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """Of up to three matrices, whose outputs lie side by side. w1, w2, bias1, bias2: distances from the first one.
+
+    SPLIT: fp32 weights and bf16 rows; a weight is the sum of three numbers in bf16 exactly."""
+    block = tl.program_id(0)
+    n = block * BN + tl.arange(0, BN)
+    column = n
+    if SEVERAL:
+        later = block >= blocks
+        last = block >= blocks + blocks1
+        begin = tl.where(last, blocks + blocks1, tl.where(later, blocks, 0))
+        n = (block - begin) * BN + tl.arange(0, BN)
+        column = n + tl.where(last, N + N1, tl.where(later, N, 0))
+        w += tl.where(last, w2, tl.where(later, w1, 0))
+        if HAS_BIAS:
+            bias += tl.where(last, bias2, tl.where(later, bias1, 0))
+        N = tl.where(last, N2, tl.where(later, N1, N))
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     h = tl.program_id(2).to(tl.int64)
     w_rows = w + h * w_h + n.to(tl.int64)[:, None] * w_n
     x_rows = x + h * x_h + t.to(tl.int64)[None, :] * x_t
     acc = tl.zeros([BN, BT], tl.float32)
+    if SPLIT:
+        middle = tl.zeros([BN, BT], tl.float32)
+        low = tl.zeros([BN, BT], tl.float32)
     for first in range(0, K, BK):
         k = first + tl.arange(0, BK)
         w_tile = tl.load(w_rows + k[None, :] * w_k, mask=(n[:, None] < N) & (k[None, :] < K), other=0)
         x_tile = tl.load(x_rows + k[:, None], mask=(t[None, :] < T) & (k[:, None] < K), other=0)
-        acc = tl.dot(w_tile, x_tile.to(w_tile.dtype), acc, input_precision="ieee")
+        if SPLIT:
+            high_part = w_tile.to(tl.bfloat16)
+            rest = w_tile - high_part.to(tl.float32)
+            middle_part = rest.to(tl.bfloat16)
+            acc = tl.dot(high_part, x_tile, acc)
+            middle = tl.dot(middle_part, x_tile, middle)
+            low = tl.dot((rest - middle_part.to(tl.float32)).to(tl.bfloat16), x_tile, low)
+        else:
+            acc = tl.dot(w_tile, x_tile.to(w_tile.dtype), acc, input_precision="ieee")
+    if SPLIT:
+        acc += middle + low
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[:, None]
-    place = out + h * out_h + t.to(tl.int64)[None, :] * out_t + n[:, None]
+    place = out + h * out_h + t.to(tl.int64)[None, :] * out_t + column[:, None]
     tl.store(place, acc, mask=(t[None, :] < T) & (n[:, None] < N))
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """As `paged.product`."""
-    rows, heads = x.shape[0], (w.shape[0] if w.ndim == 3 else 1)
-    N, K = w.shape[-2:]
-    out = torch.empty(rows, *(() if w.ndim == 2 else (heads,)), N, dtype=dtype, device=x.device)
+    return _launch(x, [w], [bias], dtype)
+
+
+def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """As `paged.products`; the results lie side by side."""
+    if len(weights) > 3 or len({bias is None for bias in biases}) > 1:
+        return [product(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
+    return list(_launch(x, weights, biases, torch.float32).split([len(w) for w in weights], -1))
+
+
+def _launch(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    w, bias, rows = weights[0], biases[0], len(x)
+    heads, K = (w.shape[0] if w.ndim == 3 else 1), w.shape[-1]
+    counts = [each.shape[-2] for each in weights] + [0] * (3 - len(weights))
+    out = torch.empty(rows, *(() if w.ndim == 2 else (heads,)), sum(counts), dtype=dtype, device=x.device)
     assert x.stride(-1) == 1
-    tile = tile_for(rows, N, K, w.dtype)
-    grid = (triton.cdiv(N, tile.outputs), triton.cdiv(rows, tile.rows), heads)
-    _product[grid](
-        x, w, bias, out, rows, N, K, x.stride(0), x.stride(1) if w.ndim == 3 else 0, w.stride(0) if w.ndim == 3 else 0,
-        w.stride(-2), w.stride(-1), out.stride(0), out.stride(1) if w.ndim == 3 else 0, bias is not None,
-        tile.outputs, tile.rows, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+    assert all(each.stride() == w.stride() and each.dtype == w.dtype for each in weights)
+    split = w.dtype == torch.float32 and x.dtype == torch.bfloat16
+    tile = tile_for(rows, sum(counts), K, w.dtype, split=split, turned=w.stride(-1) != 1)
+    blocks = [triton.cdiv(count, tile.outputs) for count in counts]
+    strides = (x.stride(1), w.stride(0), out.stride(1)) if w.ndim == 3 else (0, 0, 0)
+    _product[(sum(blocks), triton.cdiv(rows, tile.rows), heads)](
+        x, w, bias, out, rows, K, *counts, *_distances(weights), *_distances(biases), blocks[0], blocks[1],
+        x.stride(0), strides[0], strides[1], w.stride(-2), w.stride(-1), out.stride(0), strides[2], len(weights) > 1,
+        bias is not None, split, tile.outputs, tile.rows, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
 
+def _distances(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Of the second and third tensor from the first, in values."""
+    first = tensors[0]
+    found = [0 if first is None or t is None else (t.data_ptr() - first.data_ptr()) // t.itemsize for t in tensors[1:]]
+    return found + [0] * (2 - len(found))
+
+
 @triton.jit
 def _gated(
-    x, members, counts, w, bias, out, T, F, K, E, active, x_t, w_e, w_n, w_k, out_t,
-    GROUPED: tl.constexpr, CLAMPED: tl.constexpr, alpha, limit,
+    x, ids, members, counts, w, bias, out, T, F, K, E, active, x_t, w_e, w_n, w_k, out_t,
+    GROUPED: tl.constexpr, ONE: tl.constexpr, CLAMPED: tl.constexpr, alpha, limit,
     EXPERTS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up. GROUPED: of the tokens of one expert, each by its place t * active + slot."""
+    """silu(gate) * up. GROUPED: of the tokens of one expert, each by its place t * active + slot. ONE: of one token."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     count = T
     e = 0
-    if GROUPED:
+    if ONE:
+        e = tl.load(ids + tl.program_id(2))
+    elif GROUPED:
         e, count = _nth_expert(counts, tl.program_id(2), E, EXPERTS)
     expert = e.to(tl.int64) if GROUPED else 0
     if CLAMPED:
@@ -97,7 +163,10 @@ def _gated(
     w_up = w + expert * w_e + up_row.to(tl.int64)[:, None] * w_n
     for begin in range(tl.program_id(1) * BT, count, BT * tl.num_programs(1)):
         i = begin + tl.arange(0, BT)
-        if GROUPED:
+        if ONE:
+            place = i + tl.program_id(2)
+            token = i
+        elif GROUPED:
             place = tl.load(members + expert * T * active + i, mask=i < count, other=0)
             token = place // active
         else:
@@ -128,16 +197,20 @@ def _gated(
 
 @triton.jit
 def _down(
-    x, members, counts, w, bias, out, P, N, K, E, x_t, w_e, w_n, w_k, out_t,
-    HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    x, ids, members, counts, w, bias, out, P, N, K, E, x_t, w_e, w_n, w_k, out_t,
+    ONE: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
+    BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    e, count = _nth_expert(counts, tl.program_id(2), E, EXPERTS)
+    if ONE:
+        e, count = tl.load(ids + tl.program_id(2)), 1
+    else:
+        e, count = _nth_expert(counts, tl.program_id(2), E, EXPERTS)
     expert = e.to(tl.int64)
     w_rows = w + expert * w_e + n.to(tl.int64)[:, None] * w_n
     for begin in range(tl.program_id(1) * BT, count, BT * tl.num_programs(1)):
         i = begin + tl.arange(0, BT)
-        place = tl.load(members + expert * P + i, mask=i < count, other=0)
+        place = i + tl.program_id(2) if ONE else tl.load(members + expert * P + i, mask=i < count, other=0)
         x_rows = x + place.to(tl.int64)[None, :] * x_t
         acc = tl.zeros([BN, BT], tl.float32)
         for first in range(0, K, BK):
@@ -175,20 +248,6 @@ def _group(ids, members, counts, P, BLOCK: tl.constexpr):
     tl.store(counts + e, count)
 
 
-@triton.jit
-def _add_up(parts, weights, shared, out, D, active, HAS_SHARED: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of a token's experts by weight, in the order of its choice, and of the shared ones."""
-    t = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    if HAS_SHARED:
-        total += tl.load(shared + t * D + d, mask=d < D, other=0)
-    for slot in range(active):
-        weight = tl.load(weights + t * active + slot)
-        total += weight * tl.load(parts + (t * active + slot) * D + d, mask=d < D, other=0)
-    tl.store(out + t * D + d, total, mask=d < D)
-
-
 def gated_product(x_TD: Tensor, gate_up_FD: Tensor) -> Tensor:
     """As `paged.gated_product`."""
     T, F = len(x_TD), gate_up_FD.shape[0] // 2
@@ -196,8 +255,8 @@ def gated_product(x_TD: Tensor, gate_up_FD: Tensor) -> Tensor:
     tile = _gated_tile(T, F, gate_up_FD)
     grid = (triton.cdiv(F, tile.outputs), triton.cdiv(T, tile.rows), 1)
     _gated[grid](
-        x_TD, None, None, gate_up_FD, None, out, T, F, gate_up_FD.shape[1], 1, 1, x_TD.stride(0), 0,
-        gate_up_FD.stride(0), gate_up_FD.stride(1), out.stride(0), False, False, 0.0, 0.0, 1,
+        x_TD, None, None, None, gate_up_FD, None, out, T, F, gate_up_FD.shape[1], 1, 1, x_TD.stride(0), 0,
+        gate_up_FD.stride(0), gate_up_FD.stride(1), out.stride(0), False, False, False, 0.0, 0.0, 1,
         tile.outputs, tile.rows, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
@@ -213,13 +272,14 @@ def _gated_tile(rows: int, outputs: int, w: Tensor) -> Tile:
 def experts(
     x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up: tuple[Tensor, Tensor | None],
     down: tuple[Tensor, Tensor | None], shared_TD: Tensor | None, clamp: tuple[float, float] | None,
-) -> Tensor:  # fmt: skip
+) -> Parts:  # fmt: skip
     """As `paged.experts`."""
     (T, A), (E, D, F) = ids_TA.shape, down[0].shape
     device, P = x_TD.device, T * A
     members = torch.empty(E, P, dtype=torch.int32, device=device)
     counts = torch.empty(E, dtype=torch.int32, device=device)
-    _group[(E,)](ids_TA, members, counts, P, min(1024, max(16, triton.next_power_of_2(P))), num_warps=1)
+    if T > 1:
+        _group[(E,)](ids_TA, members, counts, P, min(1024, max(16, triton.next_power_of_2(P))), num_warps=1)
     many = triton.cdiv(P, E)  # tokens of an expert, if all are chosen alike
     busy, EXPERTS = min(P, E), triton.next_power_of_2(E)
     hidden = torch.empty(P, F, dtype=gate_up[0].dtype, device=device)
@@ -227,18 +287,17 @@ def experts(
     tile = _gated_tile(2 * many if many > 8 else many, F, gate_up[0])
     spread = max(1, min(4, triton.cdiv(many, tile.rows)))
     _gated[(triton.cdiv(F, tile.outputs), spread, busy)](
-        x_TD, members, counts, gate_up[0], gate_up[1], hidden, T, F, D, E, A, x_TD.stride(0), gate_up[0].stride(0),
-        gate_up[0].stride(1), gate_up[0].stride(2), hidden.stride(0), True, clamp is not None, alpha, limit, EXPERTS,
+        x_TD, ids_TA, members, counts, gate_up[0], gate_up[1], hidden, T, F, D, E, A, x_TD.stride(0),
+        gate_up[0].stride(0), gate_up[0].stride(1), gate_up[0].stride(2), hidden.stride(0), True, T == 1,
+        clamp is not None, alpha, limit, EXPERTS,
         tile.outputs, tile.rows, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     parts = torch.empty(P, D, dtype=torch.float32, device=device)
     tile = tile_for(2 * many if many > 8 else many, D, F, down[0].dtype)
     spread = max(1, min(4, triton.cdiv(many, tile.rows)))
     _down[(triton.cdiv(D, tile.outputs), spread, busy)](
-        hidden, members, counts, down[0], down[1], parts, P, D, F, E, hidden.stride(0), down[0].stride(0),
-        down[0].stride(1), down[0].stride(2), parts.stride(0), down[1] is not None, EXPERTS,
+        hidden, ids_TA, members, counts, down[0], down[1], parts, P, D, F, E, hidden.stride(0), down[0].stride(0),
+        down[0].stride(1), down[0].stride(2), parts.stride(0), T == 1, down[1] is not None, EXPERTS,
         tile.outputs, tile.rows, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    out = torch.empty(T, D, dtype=torch.float32, device=device)
-    _add_up[(T, triton.cdiv(D, 1024))](parts, weights_TA, shared_TD, out, D, A, shared_TD is not None, 1024)
-    return out
+    return Parts(parts.view(T, A, D), weights_TA, shared_TD)
