@@ -60,13 +60,19 @@ inline Words part(const T* p, int left) {
 // Lanes are heads times keys: lane h * KEYS + j is head h and key j.
 template <int H> constexpr int KEYS = LANES / H;
 
-template <int N, int... I>
-inline Floats repeat(Floats v, std::integer_sequence<int, I...>) {
+template <int N, class V, int... I>
+inline V repeat(V v, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(v, v, (I % N)...);
 }
-// A value for each key, whatever the head (LANES of them are read); a value for each head, whatever the key.
+// A value for each key, whatever the head (LANES of them are read), or the part of it from a lane on; a value for each head, whatever
+// the key.
 template <int H>
 inline Floats by_key(const float* p) { return repeat<KEYS<H>>(load(p), std::make_integer_sequence<int, LANES>()); }
+template <int H>
+inline Near by_key(const float* p, int from) {
+    if constexpr (KEYS<H> > NEAR) return near_at(p + from);
+    return repeat<std::min(KEYS<H>, NEAR)>(near_at(p), std::make_integer_sequence<int, NEAR>());
+}
 template <int H>
 inline Floats by_head(const float* p) {
     Floats v;
@@ -103,7 +109,7 @@ struct Mixed {
             top[h] = peak;
             float* mine = values + h * width;
             const float* other = next.values + h * width;
-            for (int c = 0; c < width; c += LANES) store(mine + c, fma(load(other + c), spread(fresh), load(mine + c) * old));
+            for (int c = 0; c < width; c += NEAR) put(mine + c, fma(near_at(other + c), spread_as<Near>(fresh), near_at(mine + c) * old));
         }
     }
     // The result of head h into `out`.
@@ -120,12 +126,25 @@ inline void weigh(Floats* scores, int from, int to, Mixed& out) {
     for (int i : {first, last})
         for (int lane = 0; lane < LANES; ++lane)
             if (const int key = i * K + lane % K; key < from || key >= to) scores[i][lane] = -INFINITY;
-    Floats peak = spread(-INFINITY), total{};
-    for (int i = first; i <= last; ++i) peak = larger(peak, scores[i]);
-    over_keys<H>(peak, out.top, most);
-    peak = by_head<H>(out.top);
-    for (int i = first; i <= last; ++i) total += scores[i] = exp(scores[i] - peak);
-    over_keys<H>(total, out.total, add);
+    float* at = reinterpret_cast<float*>(scores);
+    alignas(64) float peaks[LANES], totals[LANES];
+    for (int part = 0; part < LANES; part += NEAR) {
+        Near peak = spread_as<Near>(-INFINITY);
+        for (int i = first; i <= last; ++i) peak = larger(peak, near_at(at + i * LANES + part));
+        put(peaks + part, peak);
+    }
+    over_keys<H>(load(peaks), out.top, most);
+    store(peaks, by_head<H>(out.top));
+    for (int part = 0; part < LANES; part += NEAR) {
+        const Near peak = near_at(peaks + part);
+        Near total{};
+        for (int i = first; i <= last; ++i) {
+            const Near weight = exp(near_at(at + i * LANES + part) - peak);
+            put(at + i * LANES + part, weight), total += weight;
+        }
+        put(totals + part, total);
+    }
+    over_keys<H>(load(totals), out.total, add);
 }
 
 // --- rows of 16-bit integers ------------------------------------------------------------------------------------------------
@@ -145,20 +164,18 @@ struct FixedQueries {
     float* scales;
 };
 
-// The 32 values at p: those at even places, those at odd ones; zeros beyond `left`.
-inline void two(const float* p, int left, Floats& even, Floats& odd) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    float padded[32] = {};
-    if (left < 32) std::memcpy(padded, p, 4 * std::max(left, 0)), p = padded;
-    __m256 evens[2], odds[2];
-    for (int i = 0; i < 2; ++i) {
-        const __m256 a = _mm256_loadu_ps(p + 16 * i), b = _mm256_loadu_ps(p + 16 * i + 8);
-        auto in_order = [](__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); };
-        evens[i] = in_order(_mm256_shuffle_ps(a, b, 0x88)), odds[i] = in_order(_mm256_shuffle_ps(a, b, 0xdd));
+// Of 2 * NEAR values at p those at even places and those at odd ones; zeros beyond `left`.
+inline void two(const float* p, int left, Near& even, Near& odd) {
+    alignas(64) float padded[2 * NEAR];
+    if (left < 2 * NEAR) {
+        for (int i = 0; i < 2 * NEAR; ++i) padded[i] = i < left ? p[i] : 0.0f;
+        p = padded;
     }
-    even = load_as<Floats>(evens), odd = load_as<Floats>(odds);
+    const Near a = near_at(p), b = near_at(p + NEAR);
+#if defined(__FMA__) && !defined(__AVX512F__)
+    const __m256 evens = _mm256_shuffle_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), 0x88), odds = _mm256_shuffle_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), 0xdd);
+    even = reinterpret_cast<Near>(_mm256_permute4x64_pd(_mm256_castps_pd(evens), 0xd8)), odd = reinterpret_cast<Near>(_mm256_permute4x64_pd(_mm256_castps_pd(odds), 0xd8));
 #else
-    const Floats a = reinterpret_cast<Floats>(part(p, left)), b = reinterpret_cast<Floats>(part(p + LANES, left - LANES));
     even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #endif
@@ -166,17 +183,25 @@ inline void two(const float* p, int left, Floats& even, Floats& odd) {
 
 // Stores x as integers, 32 of them every `step`, zeros after the last; returns their scale, in which ends up what is not finite.
 inline float store_fixed(const float* x, int width, int16_t* to, int step) {
-    Floats evens{}, odds{}, even, odd;
-    for (int k = 0; k < width; k += 32) {
-        two(x + k, width - k, even, odd);
-        evens = fma(even, even, evens), odds = fma(odd, odd, odds);
-    }
-    const float length = std::sqrt(sum(evens + odds));
-    const Floats inverse = spread(length > 0 ? REACH / length : 0);
-    for (int k = 0; k < width; k += 32, to += step) {
-        two(x + k, width - k, even, odd);
-        store(to, shorts(nearest(even, inverse), nearest(odd, inverse)));
-    }
+    constexpr int PARTS = LANES / NEAR;
+    Near evens[PARTS] = {}, odds[PARTS] = {}, even, odd;
+    for (int k = 0; k < width; k += 32)
+#pragma GCC unroll 2
+        for (int p = 0; p < PARTS; ++p) {
+            two(x + k + p * 2 * NEAR, width - k - p * 2 * NEAR, even, odd);
+            evens[p] = fma(even, even, evens[p]), odds[p] = fma(odd, odd, odds[p]);
+        }
+    alignas(64) float squares[LANES];
+    for (int p = 0; p < PARTS; ++p) put(squares + p * NEAR, evens[p] + odds[p]);
+    const float length = std::sqrt(sum(load(squares)));
+    const Near inverse = spread_as<Near>(length > 0 ? REACH / length : 0);
+    for (int k = 0; k < width; k += 32, to += step)
+#pragma GCC unroll 2
+        for (int p = 0; p < PARTS; ++p) {
+            two(x + k + p * 2 * NEAR, width - k - p * 2 * NEAR, even, odd);
+            const auto integers = shorts(nearest(even, inverse), nearest(odd, inverse));
+            std::memcpy(to + p * 2 * NEAR, &integers, sizeof integers);
+        }
     return length / REACH;
 }
 
@@ -429,17 +454,26 @@ __attribute__((noinline)) void mix_fixed(Floats* scores, const Fixed& values, in
     constexpr float MOST = 65000;
     weigh<H>(scores, from, to, out);
     // Weights take up their rows' scales and become integers that neither leave 16 bits nor, summed, 32.
-    Floats sum{}, top{};
-    for (int i = from / K; i * K < to; ++i) {
-        scores[i] = scores[i] == 0.0f ? spread(0) : scores[i] * by_key<H>(values.scales + i * K);
-        sum += scores[i], top = larger(top, scores[i]);
+    float* at = reinterpret_cast<float*>(scores);
+    alignas(64) float every[LANES], largest[LANES];
+    for (int part = 0; part < LANES; part += NEAR) {
+        Near sum{}, top{};
+        for (int i = from / K; i * K < to; ++i) {
+            float* here = at + i * LANES + part;
+            const Near weight = near_at(here), scaled = weight == 0.0f ? Near{} : weight * by_key<H>(values.scales + i * K, part);
+            put(here, scaled), sum += scaled, top = larger(top, scaled);
+        }
+        put(every + part, sum), put(largest + part, top);
     }
     float totals[H], tops[H], units[H], inverses[H];
-    over_keys<H>(sum, totals, add), over_keys<H>(top, tops, most);
+    over_keys<H>(load(every), totals, add), over_keys<H>(load(largest), tops, most);
     for (int h = 0; h < H; ++h) units[h] = most(totals[h] / MOST, tops[h] / REACH), inverses[h] = units[h] > 0 ? 1 / units[h] : 0;
-    const Floats inverse = by_head<H>(inverses);
+    store(every, by_head<H>(inverses));
     alignas(64) int16_t weights[SPAN * H];
-    for (int i = from / K; i * K < to; ++i) store_low(weights + i * LANES, nearest(scores[i], inverse));
+    for (int part = 0; part < LANES; part += NEAR) {
+        const Near inverse = near_at(every + part);
+        for (int i = from / K; i * K < to; ++i) store_low(weights + i * LANES + part, nearest(near_at(at + i * LANES + part), inverse));
+    }
 
     for (int c = 0; c < value_width; c += 32) {
         Ints sums[H][2];

@@ -135,7 +135,8 @@ inline Floats sums(const Floats* v) {
 #undef LOW1
 #undef HIGH1
 }
-inline Floats larger(Floats a, Floats b) { return a < b ? b : a; }
+template <class V>
+inline V larger(V a, V b) { return a < b ? b : a; }
 inline Floats smaller(Floats a, Floats b) { return b < a ? b : a; }
 inline Floats magnitude(Floats v) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(v) & 0x7fffffffu); }
 inline float largest(Floats v) {
@@ -169,6 +170,17 @@ inline Floats silu(Floats x) { return both(low(x) / (1.0f + exp(-low(x))), high(
 inline Floats exp(Floats x) { return exp_of<Floats, Ints>(x); }
 inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
 #endif
+
+// Vectors that registers hold: Floats, or halves of them. Compilers keep longer ones in memory.
+#if defined(__FMA__) && !defined(__AVX512F__)
+typedef Eight Near;
+#else
+typedef Floats Near;
+#endif
+constexpr int NEAR = sizeof(Near) / sizeof(float);
+inline Near near_at(const float* p) { return load_as<Near>(p); }
+inline void put(float* p, Near v) { std::memcpy(p, &v, sizeof v); }
+
 inline float exp1(float x) { return exp(spread(x))[0]; }
 
 // Sixteen pairs of bf16 meet a pair of activations in PAIR_STEPS steps: an instruction does both products, the second one first,
@@ -246,6 +258,17 @@ inline void store_low(int16_t* p, Words w) {
     const Halves h = __builtin_convertvector(w & 0xffffu, Halves);
     std::memcpy(p, &h, sizeof h);
 }
+#if defined(__FMA__) && !defined(__AVX512F__)
+inline EightInts nearest(Eight v, Eight scale) { return reinterpret_cast<EightInts>(fma(v, scale, spread_as<Eight>(12582912.0f))); }
+inline __m256i shorts(EightInts even, EightInts odd) {
+    return _mm256_blend_epi16(reinterpret_cast<__m256i>(even), _mm256_slli_epi32(reinterpret_cast<__m256i>(odd), 16), 0xaa);
+}
+inline void store_low(int16_t* p, EightInts w) {
+    const __m256i low = _mm256_and_si256(reinterpret_cast<__m256i>(w), _mm256_set1_epi32(0xffff));
+    const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    std::memcpy(p, &h, sizeof h);
+}
+#endif
 inline Shorts spread_two(const int16_t* p) {
     int32_t w;
     std::memcpy(&w, p, 4);
