@@ -86,6 +86,13 @@ def test_a_folder_without_a_tokenizer_speaks_ids(folder: Path) -> None:
         api.generate(model, None, "1;2", **settings)
 
 
+def test_quantised_weights_are_computed_on_the_cpu(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where there is a GPU, and it says so."""
+    assert open_folder(folder, Runtime(device="cuda"), quantize="int4").runtime.device == "cpu"
+    assert "computed on the CPU" in caplog.text
+    assert open_folder(folder, Runtime(device="cuda")).runtime.device == "cuda"
+
+
 def test_only_packed_weights_are_kept_in_memory(folder: Path) -> None:
     assert open_folder(folder, Runtime(), quantize="int4", cache=folder, locked=True).locked
     for settings in ({}, {"quantize": "int4"}):

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from glasklar import runtime
 from glasklar.errors import RecipeError
@@ -35,3 +36,20 @@ def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLASKLAR_PIN", "yes")
     with pytest.raises(RecipeError, match="GLASKLAR_PIN = 'yes': 1 keeps"):
         runtime.cores(2)
+
+
+def test_the_device_is_that_of_the_environment_if_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("GLASKLAR_DEVICE", raising=False)
+    assert runtime.start(threads).device == "cuda"
+    monkeypatch.setenv("GLASKLAR_DEVICE", "cpu")
+    assert runtime.start(threads).device == "cpu"
+    assert runtime.start(threads, device="cuda").device == "cuda"
+    monkeypatch.setenv("GLASKLAR_DEVICE", "gpu")
+    with pytest.raises(RecipeError, match="GLASKLAR_DEVICE = 'gpu': use one of cpu, cuda"):
+        runtime.start(threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("GLASKLAR_DEVICE", "cuda")
+    with pytest.raises(RecipeError, match="sees no GPU"):
+        runtime.start(threads)

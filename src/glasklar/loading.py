@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from glasklar.model.config import ModelConfig
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import select
 from glasklar.runtime import Precision, Runtime
+
+log = logging.getLogger(__name__)
 
 DTYPES: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16"}
 Progress = Callable[[int, int], None]
@@ -148,7 +151,7 @@ def load(
     """Loads network and tokenizer of a Hugging Face folder, piece by piece.
 
     dtype      "float32" or "bfloat16" (else the runtime's)
-    quantize   "int8" or "int4" instead; what is not packed (the embedding table) stays as it is stored
+    quantize   "int8" or "int4" instead, on the CPU; what is not packed (the embedding table) stays as it is stored
     cache      where quantised weights are kept, so that the next start maps them into memory; None: nowhere
     locked     they stay in memory, also while they are not used
     progress   is told bytes read and bytes in all
@@ -189,8 +192,11 @@ def open_folder(
     if quantize is not None:
         if quantize not in get_args(Quantisation):
             raise CheckpointError(f"quantize = {quantize!r}: use one of {', '.join(get_args(Quantisation))}")
-        if dtype is not None or runtime.device != "cpu":
-            raise CheckpointError(f"quantize = {quantize!r} goes without dtype, and on the CPU; leave one of them out")
+        if dtype is not None:
+            raise CheckpointError(f"quantize = {quantize!r} goes without dtype; leave one of them out")
+        if runtime.device != "cpu":
+            log.warning("quantize = %r: computed on the CPU; the GPU takes float32 and bfloat16", quantize)
+            runtime = replace(runtime, device="cpu")
     if locked and (quantize is None or cache is None):
         raise CheckpointError(
             f"--mlock (locked) with quantize = {quantize!r}, cache = {str(cache)!r}: only packed weights in a file"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from glasklar.errors import RecipeError
 
@@ -68,12 +68,17 @@ def prepare(threads: int | None = None, environ: dict[str, str] | None = None) -
 
 
 def start(threads: int, device: Device | None = None, compute: Precision = "bf16") -> Runtime:
-    """Sets up torch and returns the runtime. `device=None` takes the GPU where there is one."""
+    """Sets up torch and returns the runtime. `device=None` takes GLASKLAR_DEVICE, else the GPU where there is one.
+
+    Raises RecipeError where GLASKLAR_DEVICE names no device, or a GPU that is not there.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = device or os.environ.get("GLASKLAR_DEVICE")
+    if wanted not in (None, "", *get_args(Device)):
+        raise RecipeError(f"GLASKLAR_DEVICE = {wanted!r}: use one of {', '.join(get_args(Device))}, or leave it out")
+    device = cast(Device, wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError(
             "device = 'cuda': this torch sees no GPU; use device = 'cpu' or install a CUDA build of torch"
