@@ -19,6 +19,7 @@ TYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 ROWS = (1, 3, 17, 64, 130)
 PAGE = 16
+PLAIN_GATE = {"active": 3, "groups": 1, "groups_kept": 1, "scaling": 1.0}
 BLANK = 7.0  # what the cache holds where nothing may be written
 
 
@@ -185,7 +186,15 @@ def test_attend_against_float64(most: int, pieces: list[tuple[int, int]], dtype:
         main, tail = normal(p.rows, H, 24, seed=1, dtype=dtype), normal(p.rows, H, 12, seed=2, dtype=dtype)
         cache = p.cache(40, dtype)
         out = ops.attend(
-            main, tail, cache, p.where, p.tiles(most), kv_heads=1, value=24, scale=0.2, longest=p.pages * PAGE
+            main,
+            tail,
+            cache,
+            p.where,
+            p.tiles(min(most, 4) if H > 16 else most),
+            kv_heads=1,
+            value=24,
+            scale=0.2,
+            longest=p.pages * PAGE,
         )
         both = torch.cat((main, tail), -1)
         wanted = [
@@ -219,8 +228,8 @@ def test_route_against_sorting(rows: int, groups: int, scoring: str, ops: PagedO
     logits = (normal(rows, E, seed=1) * 4).round() / 4
     bias = normal(E, seed=2).round() / 8 if scoring == "sigmoid" else None
     ids, weights = ops.route(
-        logits, bias, active=active, groups=groups, groups_kept=kept, scoring=scoring, normalise=scoring == "sigmoid",
-        scaling=2.5,
+        logits[:, None], None, bias, active=active, groups=groups, groups_kept=kept,
+        scoring=scoring, normalise=scoring == "sigmoid", scaling=2.5,
     )  # fmt: skip
     scores_TE = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
     for row, scores in enumerate(scores_TE.tolist()):
@@ -237,6 +246,17 @@ def test_route_against_sorting(rows: int, groups: int, scoring: str, ops: PagedO
         total = sum(scores[e] for e in chosen) if scoring == "sigmoid" else 1
         shares = torch.tensor([2.5 * scores[e] / total for e in chosen]).double()
         same(weights[row].cpu(), shares, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_gate_against_float64(rows: int, dtype: torch.dtype, ops: PagedOps) -> None:
+    """Its sums are fp32 for rows of any type."""
+    x, gate, bias = normal(rows, 512, seed=1, dtype=dtype), normal(20, 512, seed=2) / 20, normal(20, seed=3)
+    every = {**PLAIN_GATE, "active": 20}
+    ids, weights = ops.route(ops.gate(x, gate), bias, None, **every, scoring="sigmoid", normalise=False)
+    found = torch.zeros(rows, 20, device=DEVICE).scatter(1, ids.long(), weights)
+    same(found, (x.double() @ gate.double().T + bias.double()).sigmoid(), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -302,12 +322,12 @@ def test_nan_stays_in_its_row(dtype: torch.dtype, ops: PagedOps) -> None:
 
     def results(x: Tensor) -> list[Tensor]:
         heads = x[:, :72].unflatten(-1, (3, 24)).contiguous()
-        tail, logits = heads[..., :12].contiguous(), x[:, :20].float().contiguous()
+        tail, logits = heads[..., :12].contiguous(), x[:, None, :20].float().contiguous()
         mixed = ops.attend(heads, tail, cache, p.where, p.tiles(16), kv_heads=1, value=24, scale=0.2, longest=rows)
         return [
             *ops.add_norm(x.float(), x.float(), torch.ones(D, device=DEVICE), 1e-3, dtype), ops.product(x, w),
             ops.gated_product(x, gated), mixed, ops.experts(x, ids, weights, (up, None), (down, None), None, None)[0],
-            *ops.route(logits, None, active=3, groups=1, groups_kept=1, scoring="softmax", normalise=True, scaling=1.0),
+            *ops.route(logits, None, None, **PLAIN_GATE, scoring="softmax", normalise=True),
             *ops.draw(x.float(), zeros, zeros.double(), 1e-3),
         ]  # fmt: skip
 

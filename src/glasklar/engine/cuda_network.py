@@ -7,7 +7,8 @@ of one call. Longer ones (prompts) are launched kernel by kernel.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +88,7 @@ class CudaNetwork:
         self._graphs: dict[object, _Recorded] = {}
         self._met: set[object] = set()
         self._pool: object = None
+        self._side: torch.cuda.Stream | None = None  # while a pass is recorded
         self._pointers = self._addresses()
         self._reach(256)
 
@@ -217,8 +219,13 @@ class CudaNetwork:
     def _record(self, cache: Tensor, inputs: _Inputs, hidden: bool) -> _Recorded:
         """Everything has run once: nothing is compiled or loaded while a graph is recorded."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = self._pass(cache, inputs, hidden)
+        self._side = torch.cuda.Stream()
+        try:
+            # Of what runs side by side, that comes first on which more waits.
+            with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.Stream(priority=-1)):
+                outputs = self._pass(cache, inputs, hidden)
+        finally:
+            self._side = None
         self._pool = graph.pool()
         return _Recorded(graph, inputs, outputs)
 
@@ -299,16 +306,33 @@ class CudaNetwork:
         ops, c = self.ops, self.config
         if isinstance(mlp, FeedForward):
             return ops.product(ops.gated_product(x_TD, mlp.gate_up_proj.weight), mlp.down_proj.weight)
+        logits = ops.gate(x_TD, mlp.gate.weight)
+        shared = None
+        if mlp.shared_experts is not None:
+            with self._beside():
+                shared = self._feed(mlp.shared_experts, x_TD)
         ids, weights = ops.route(
-            ops.product(x_TD, mlp.gate.weight.float(), mlp.gate.bias), mlp.gate.e_score_correction_bias,
-            active=c.num_experts_per_tok, groups=c.n_group, groups_kept=c.topk_group, scoring=c.scoring_func,
-            normalise=c.norm_topk_prob, scaling=c.routed_scaling_factor,
+            logits, mlp.gate.bias, mlp.gate.e_score_correction_bias, active=c.num_experts_per_tok, groups=c.n_group,
+            groups_kept=c.topk_group, scoring=c.scoring_func, normalise=c.norm_topk_prob,
+            scaling=c.routed_scaling_factor,
         )  # fmt: skip
-        shared = None if mlp.shared_experts is None else self._feed(mlp.shared_experts, x_TD)
         clamp = None if c.swiglu_limit is None else (c.swiglu_alpha, c.swiglu_limit)
-        return ops.experts(
+        parts = ops.experts(
             x_TD, ids, weights, (mlp.gate_up_EFD, mlp.gate_up_bias_EF), (mlp.down_EDF, mlp.down_bias_ED), shared, clamp
         )
+        if self._side is not None and shared is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+        return parts
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """In a recorded pass, what is done here goes on beside what follows: until `_side` is waited for."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
 
 
 def _filled(values: NDArray, count: int, dtype: type = np.int32, empty: int = 0) -> NDArray:

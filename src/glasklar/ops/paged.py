@@ -144,14 +144,20 @@ def attend(
     return out
 
 
+def gate(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Logits with fp32 weights, in pieces [T, P, E] that are still to be added up."""
+    return product(x_TD, weight_ED)[:, None]
+
+
 def route(
-    logits_TE: Tensor, bias_E: Tensor | None, *, active: int, groups: int, groups_kept: int, scoring: str,
-    normalise: bool, scaling: float,
+    logits_TPE: Tensor, bias_E: Tensor | None, choice_bias_E: Tensor | None, *, active: int, groups: int,
+    groups_kept: int, scoring: str, normalise: bool, scaling: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `reference.route`: ids [T, A] (int32) and weights [T, A] (fp32)."""
+    """As `reference.route`, of the sum of the pieces and `bias`: ids [T, A] (int32) and weights [T, A] (fp32)."""
+    logits_TE = logits_TPE.sum(1) if bias_E is None else logits_TPE.sum(1) + bias_E
     ids, weights, _ = reference.route(
-        logits_TE, bias_E, active=active, groups=groups, groups_kept=groups_kept, scoring=scoring, normalise=normalise,
-        scaling=scaling,
+        logits_TE, choice_bias_E, active=active, groups=groups, groups_kept=groups_kept, scoring=scoring,
+        normalise=normalise, scaling=scaling,
     )  # fmt: skip
     return ids.int(), weights
 
@@ -199,6 +205,7 @@ class PagedOps:
     turn_latent: Callable[..., Any] = turn_latent
     turn_heads: Callable[..., Any] = turn_heads
     attend: Callable[..., Any] = attend
+    gate: Callable[..., Any] = gate
     route: Callable[..., Any] = route
     experts: Callable[..., Any] = experts
     draw: Callable[..., Any] = draw
@@ -220,6 +227,7 @@ def triton_ops() -> PagedOps:
         turn_latent=pointwise.turn_latent,
         turn_heads=pointwise.turn_heads,
         attend=attention.attend,
+        gate=products.gate,
         route=pointwise.route,
         experts=products.experts,
         draw=pointwise.draw,

@@ -12,19 +12,19 @@ from glasklar.ops.paged import Parts
 
 @triton.jit
 def _norm(
-    x, added, parts, weights, weight, total, out, D, x_t, added_t, active, eps,
-    ADD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    x, added, parts, weights, weight, total, out, D, x_t, added_t, eps,
+    ADD: tl.constexpr, ACTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     row = tl.load(x + t * x_t + d, mask=d < D, other=0)
     if ADD:
         row += tl.load(added + t * added_t + d, mask=d < D, other=0)
-    if PARTS:
-        for slot in range(active):
-            part = tl.load(parts + (t * active + slot) * D + d, mask=d < D, other=0)
-            row += tl.load(weights + t * active + slot) * part
-    if ADD or PARTS:
+    if ACTIVE > 0:
+        for slot in tl.static_range(ACTIVE):
+            part = tl.load(parts + (t * ACTIVE + slot) * D + d, mask=d < D, other=0)
+            row += tl.load(weights + t * ACTIVE + slot) * part
+    if ADD or ACTIVE > 0:
         tl.store(total + t * D + d, row, mask=d < D)
     inverse = 1 / tl.sqrt(tl.sum(row * row, 0) / D + eps)
     normed = row * inverse * tl.load(weight + d, mask=d < D, other=0).to(tl.float32)
@@ -42,8 +42,8 @@ def add_norm(
     parts, weights, plain = added if isinstance(added, Parts) else (None, None, added)
     _norm[(T,)](
         x_TD, plain, parts, weights, weight_D, total, out, D, x_TD.stride(0), 0 if plain is None else plain.stride(0),
-        0 if weights is None else weights.shape[1], eps, plain is not None, parts is not None, block,
-        num_warps=max(1, min(16, block // 512)),
+        eps, plain is not None, 0 if weights is None else weights.shape[1], block,
+        num_warps=max(1, min(16, block // 256)),
     )  # fmt: skip
     return total, out
 
@@ -187,13 +187,18 @@ def _best(values, every, SIZE: tl.constexpr):
 
 @triton.jit
 def _route(
-    logits, bias, ids, weights, E, active, groups, groups_kept, scaling,
-    SIGMOID: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALISE: tl.constexpr, GROUPED: tl.constexpr, SIZE: tl.constexpr,
+    logits, logit_bias, bias, ids, weights, E, pieces, active, groups, groups_kept, scaling,
+    SIGMOID: tl.constexpr, LOGIT_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALISE: tl.constexpr,
+    GROUPED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     every = tl.arange(0, SIZE)
     inside = every < E
-    row = tl.load(logits + t * E + every, mask=inside, other=float("-inf"))
+    row = tl.load(logits + t * pieces * E + every, mask=inside, other=float("-inf"))
+    for piece in range(1, pieces):
+        row += tl.load(logits + (t * pieces + piece) * E + every, mask=inside, other=0)
+    if LOGIT_BIAS:
+        row += tl.load(logit_bias + every, mask=inside, other=0)
     if SIGMOID:
         scores = 1 / (1 + tl.exp(-row))
     else:
@@ -234,16 +239,17 @@ def _route(
 
 
 def route(
-    logits_TE: Tensor, bias_E: Tensor | None, *, active: int, groups: int, groups_kept: int, scoring: str,
-    normalise: bool, scaling: float,
+    logits_TPE: Tensor, bias_E: Tensor | None, choice_bias_E: Tensor | None, *, active: int, groups: int,
+    groups_kept: int, scoring: str, normalise: bool, scaling: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `paged.route`."""
-    T, E = logits_TE.shape
-    ids = torch.empty(T, active, dtype=torch.int32, device=logits_TE.device)
-    weights = torch.empty(T, active, dtype=torch.float32, device=logits_TE.device)
+    T, pieces, E = logits_TPE.shape
+    ids = torch.empty(T, active, dtype=torch.int32, device=logits_TPE.device)
+    weights = torch.empty(T, active, dtype=torch.float32, device=logits_TPE.device)
     _route[(T,)](
-        logits_TE, bias_E, ids, weights, E, active, groups, groups_kept, scaling, scoring == "sigmoid",
-        bias_E is not None, normalise, groups > 1, triton.next_power_of_2(E), num_warps=1,
+        logits_TPE, bias_E, choice_bias_E, ids, weights, E, pieces, active, groups, groups_kept, scaling,
+        scoring == "sigmoid", bias_E is not None, choice_bias_E is not None, normalise, groups > 1,
+        triton.next_power_of_2(E), num_warps=1,
     )  # fmt: skip
     return ids, weights
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from glasklar.ops.paged import Parts
 
+PIECE = 256  # of a gate's sums
+
 
 class Tile(NamedTuple):
     """What one program computes: `outputs` x `rows`, `depth` values of k at a time."""
@@ -37,7 +39,7 @@ def tile_for(
     turned   the outputs' weights for one k lie side by side
     """
     if split:
-        tile = Tile(16, 16, 256, 4, 3) if rows <= 16 else Tile(16, 32 if rows <= 512 else 64, 128, 4, 3)
+        tile = Tile(16, 16, 256, 4, 2) if rows <= 16 else Tile(16, 32 if rows <= 512 else 64, 128, 4, 3)
     elif dtype == torch.float32:
         tile = Tile(16, 16, 256, 4, 2) if rows <= 16 else Tile(64, 64, 32, 8, 2)
     elif turned and rows <= 64:
@@ -112,6 +114,13 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     if len(weights) > 3 or len({bias is None for bias in biases}) > 1:
         return [product(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
     return list(_launch(x, weights, biases, torch.float32).split([len(w) for w in weights], -1))
+
+
+def gate(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """As `paged.gate`. Its sums are small: pieces of them are taken side by side, the same for any number of rows."""
+    (T, D), E = x_TD.shape, len(weight_ED)
+    pieces = D // PIECE if D % PIECE == 0 else 1
+    return product(x_TD.view(T, pieces, -1), weight_ED.view(E, pieces, -1).transpose(0, 1))
 
 
 def _launch(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
@@ -269,6 +278,22 @@ def _gated_tile(rows: int, outputs: int, w: Tensor) -> Tile:
     return tile if w.dtype == torch.float32 else tile._replace(stages=3)
 
 
+def _expert_tiles(rows: int, width: int, hidden: int, dtype: torch.dtype) -> tuple[Tile, Tile]:
+    """For gate and up, and down, of experts that `rows` tokens each choose on average; some choose more."""
+    if dtype == torch.float32:
+        many = 2 * rows if rows > 8 else rows
+        return tile_for(many, hidden, width, dtype), tile_for(many, width, hidden, dtype)
+    if rows <= 8:
+        tiles = Tile(64, 16, 128, 4, 3), Tile(64, 16, 128, 4, 4)
+    elif rows <= 16:
+        tiles = Tile(64, 32, 128, 4, 3), Tile(64, 32, 128, 4, 3)
+    elif rows <= 64:
+        tiles = Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 4)
+    else:
+        tiles = Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4)
+    return tiles
+
+
 def experts(
     x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up: tuple[Tensor, Tensor | None],
     down: tuple[Tensor, Tensor | None], shared_TD: Tensor | None, clamp: tuple[float, float] | None,
@@ -284,7 +309,7 @@ def experts(
     busy, EXPERTS = min(P, E), triton.next_power_of_2(E)
     hidden = torch.empty(P, F, dtype=gate_up[0].dtype, device=device)
     alpha, limit = clamp or (0.0, 0.0)
-    tile = _gated_tile(2 * many if many > 8 else many, F, gate_up[0])
+    tile, down_tile = _expert_tiles(many, D, F, down[0].dtype)
     spread = max(1, min(4, triton.cdiv(many, tile.rows)))
     _gated[(triton.cdiv(F, tile.outputs), spread, busy)](
         x_TD, ids_TA, members, counts, gate_up[0], gate_up[1], hidden, T, F, D, E, A, x_TD.stride(0),
@@ -293,7 +318,7 @@ def experts(
         tile.outputs, tile.rows, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     parts = torch.empty(P, D, dtype=torch.float32, device=device)
-    tile = tile_for(2 * many if many > 8 else many, D, F, down[0].dtype)
+    tile = down_tile
     spread = max(1, min(4, triton.cdiv(many, tile.rows)))
     _down[(triton.cdiv(D, tile.outputs), spread, busy)](
         hidden, ids_TA, members, counts, down[0], down[1], parts, P, D, F, E, hidden.stride(0), down[0].stride(0),
