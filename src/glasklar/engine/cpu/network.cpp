@@ -117,13 +117,17 @@ void Network::run(const Pass& pass) {
 }
 
 void Network::norm(const float* x, int64_t width, const float* weight, float eps, float* out) {
-    Floats squares{};
     const int64_t whole = width / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES) squares = fma(load(x + i), load(x + i), squares);
-    float total = sum(squares);
+    alignas(64) float squares[LANES];
+    for (int part = 0; part < LANES; part += NEAR) {
+        Near sums{};
+        for (int64_t i = part; i < whole; i += LANES) sums = fma(near_at(x + i), near_at(x + i), sums);
+        put(squares + part, sums);
+    }
+    float total = sum(load(squares));
     for (int64_t i = whole; i < width; ++i) total += x[i] * x[i];
     const float inverse = 1 / std::sqrt(total / float(width) + eps);
-    for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(x + i) * inverse * load(weight + i));
+    for (int64_t i = 0; i < whole; i += NEAR) put(out + i, near_at(x + i) * inverse * near_at(weight + i));
     for (int64_t i = whole; i < width; ++i) out[i] = x[i] * inverse * weight[i];
 }
 
