@@ -206,33 +206,36 @@ class Product {
     typedef std::conditional_t<KIND == FLOAT, float, std::conditional_t<KIND == BF16, Narrow, Eights>> Element;
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    // Halves of a tile, as a register has eight lanes; compilers make no good code of vectors that are longer than registers.
+    // A register has the lanes of half a tile. The even steps, then the odd ones, so that activations are spread once for both halves.
     template <int T>
     __attribute__((always_inline)) void add_floats(const uint8_t* const* at, bool, int g, Floats* sums) const {
         static_assert(T == 1);
         constexpr int STEP = KIND == FLOAT ? 1 : 2;  // inputs a vector
-        for (int part = 0; part < 2; ++part) {
-            float* to = reinterpret_cast<float*>(sums) + 8 * part;
+        for (int odd = 0; odd < 2; ++odd) {
+            float* to = reinterpret_cast<float*>(sums + odd * M);
             __m256 now[2][M];
 #pragma GCC unroll 8
-            for (int i = 0; i < 2 * M; ++i) now[i / M][i % M] = _mm256_loadu_ps(to + i * TILE);
-            const uint8_t* from = at[0] + 32 * part;
-            for (int k = 0; k < GROUP / STEP; k += 2, from += 128)
+            for (int i = 0; i < 2 * M; ++i) now[i % 2][i / 2] = _mm256_loadu_ps(to + i * 8);
+            for (int k = odd; k < GROUP / STEP; k += 2) {
+                __m256i words[2];
 #pragma GCC unroll 2
-                for (int odd = 0; odd < 2; ++odd) {
-                    const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 64 * odd));
+                for (int half = 0; half < 2; ++half) words[half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at[0] + 64 * k + 32 * half));
 #pragma GCC unroll 2
-                    for (int step = 0; step < STEP; ++step) {
-                        const __m256i w = KIND == FLOAT ? word : step == 0 ? _mm256_and_si256(word, _mm256_set1_epi32(int(0xffff0000))) : _mm256_slli_epi32(word, 16);
+                for (int step = 0; step < STEP; ++step) {
+                    __m256 w[2];
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; ++half)
+                        w[half] = _mm256_castsi256_ps(KIND == FLOAT ? words[half] : step == 0 ? _mm256_and_si256(words[half], _mm256_set1_epi32(int(0xffff0000))) : _mm256_slli_epi32(words[half], 16));
 #pragma GCC unroll 4
-                        for (int m = 0; m < M; ++m) {
-                            const float* x = rows_[m] + g * GROUP + STEP * (k + odd) + (KIND == FLOAT ? 0 : 1 - step);
-                            now[odd][m] = _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_broadcast_ss(x), now[odd][m]);
-                        }
+                    for (int m = 0; m < M; ++m) {
+                        const __m256 x = _mm256_broadcast_ss(rows_[m] + g * GROUP + STEP * k + (KIND == FLOAT ? 0 : 1 - step));
+#pragma GCC unroll 2
+                        for (int half = 0; half < 2; ++half) now[half][m] = _mm256_fmadd_ps(w[half], x, now[half][m]);
                     }
                 }
+            }
 #pragma GCC unroll 8
-            for (int i = 0; i < 2 * M; ++i) _mm256_storeu_ps(to + i * TILE, now[i / M][i % M]);
+            for (int i = 0; i < 2 * M; ++i) _mm256_storeu_ps(to + i * 8, now[i % 2][i / 2]);
         }
     }
 #else
