@@ -16,7 +16,7 @@ from glasklar.model.attention import document_mask
 from glasklar.model.config import ModelConfig
 from glasklar.model.init import initialise
 from glasklar.model.transformer import Transformer
-from glasklar.ops.paged import REFERENCE, PagedOps, triton_ops
+from glasklar.ops.paged import REFERENCE, PagedOps
 
 DEVICE = os.environ.get("GLASKLAR_TEST_DEVICE", "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,7 +47,11 @@ SHAPES = {
 
 
 def ops() -> PagedOps:
-    return triton_ops() if DEVICE == "cuda" or INTERPRETED else REFERENCE
+    if DEVICE != "cuda" and not INTERPRETED:
+        return REFERENCE
+    from glasklar.ops.cuda.table import TRITON
+
+    return TRITON
 
 
 def network(name: str, dtype: torch.dtype) -> Transformer:

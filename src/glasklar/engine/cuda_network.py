@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from glasklar.engine.sampler import COLDEST
 from glasklar.engine.shapes import rounded_rows
 from glasklar.model.attention import GroupedQueryAttention, LatentAttention, inverse_frequencies
 from glasklar.model.moe import FeedForward, MixtureOfExperts
-from glasklar.model.transformer import Block, Transformer
+from glasklar.model.transformer import Block, PredictionModule, Transformer
 from glasklar.ops.paged import PagedOps, Parts
 
 LATENT_EPS = 1e-6  # the norms within MLA have one of their own
@@ -87,7 +88,7 @@ class CudaNetwork:
         self._angles = (torch.empty(0, device=self.device), torch.empty(0, device=self.device))
         self._graphs: dict[object, _Recorded] = {}
         self._met: set[object] = set()
-        self._pool: object = None
+        self._pool: Any = None
         self._side: torch.cuda.Stream | None = None  # while a pass is recorded
         self._pointers = self._addresses()
         self._reach(256)
@@ -174,7 +175,7 @@ class CudaNetwork:
             if record is None:
                 held = self._inputs(torch.empty_like(host, device=self.device), sizes, most, width, padded)
                 record = self._graphs[key] = self._record(cache, held, hidden is not None)
-            record.inputs.buffer.copy_(host)
+            record.inputs.buffer.copy_(host.pin_memory(), non_blocking=True)
             if padded is not None:
                 assert record.inputs.states is not None
                 record.inputs.states.copy_(padded)
@@ -238,6 +239,7 @@ class CudaNetwork:
             norm = model.norm
         else:
             module = model.mtp[0]
+            assert isinstance(module, PredictionModule)
             joined = torch.cat(
                 (
                     ops.add_norm(x_TD, None, module.enorm.weight, eps, dtype)[1],
@@ -246,7 +248,7 @@ class CudaNetwork:
                 -1,
             )
             x_TD = ops.product(joined, module.eh_proj.weight)
-            blocks, norm = [module.block], module.norm  # type: ignore[list-item]
+            blocks, norm = [module.block], module.norm
         added: Tensor | Parts | None = None
         for layer, block in enumerate(blocks):
             x_TD, normed = ops.add_norm(x_TD, added, block.input_layernorm.weight, eps, dtype)
@@ -256,7 +258,7 @@ class CudaNetwork:
             mixed_TX = by_kind(attention, normed, cache[layer], p).flatten(1)  # type: ignore[arg-type]
             added = ops.product(mixed_TX, attention.o_proj.weight, attention.o_proj.bias)
             x_TD, normed = ops.add_norm(x_TD, added, block.post_attention_layernorm.weight, eps, dtype)
-            added = self._feed(block.mlp, normed)  # type: ignore[arg-type]
+            added = self._feed(block.mlp, normed)
         every = None
         if hidden:
             _, every = ops.add_norm(x_TD, added, norm.weight, eps, torch.float32)
@@ -337,7 +339,7 @@ class CudaNetwork:
 
 def _filled(values: NDArray, count: int, dtype: type = np.int32, empty: int = 0) -> NDArray:
     """`values` and, behind them, `empty` up to `count`."""
-    column = np.full(count, empty, dtype)
+    column: NDArray = np.full(count, empty, dtype)
     column[: len(values)] = values
     return column
 
@@ -345,9 +347,8 @@ def _filled(values: NDArray, count: int, dtype: type = np.int32, empty: int = 0)
 @functools.cache
 def kernels() -> PagedOps | None:
     """The GPU's ops; None where no Triton is installed."""
-    from glasklar.ops.paged import triton_ops
-
     try:
-        return triton_ops()
+        from glasklar.ops.cuda.table import TRITON
     except ImportError:
         return None
+    return TRITON

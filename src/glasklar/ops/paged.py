@@ -212,23 +212,3 @@ class PagedOps:
 
 
 REFERENCE = PagedOps(name="reference")
-
-
-def triton_ops() -> PagedOps:
-    """The kernels for GPUs. Raises ImportError where there is no Triton."""
-    from glasklar.ops.cuda import attention, pointwise, products
-
-    return PagedOps(
-        name="triton",
-        add_norm=pointwise.add_norm,
-        product=products.product,
-        products=products.products,
-        gated_product=products.gated_product,
-        turn_latent=pointwise.turn_latent,
-        turn_heads=pointwise.turn_heads,
-        attend=attention.attend,
-        gate=products.gate,
-        route=pointwise.route,
-        experts=products.experts,
-        draw=pointwise.draw,
-    )

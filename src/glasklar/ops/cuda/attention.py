@@ -1,7 +1,7 @@
 """Attention over the pages of the cache in Triton: latent (absorbed MLA) and grouped-query in one kernel.
 
-Scores and sums lie the other way round, keys or values by queries: what comes from the cache is then the operand of
-which the tensor cores take 64 rows at a time, and few queries do not fill up to that.
+With few queries, scores and sums lie the other way round, keys or values by queries: what comes from the cache is then
+the operand of which the tensor cores take 64 rows at a time, and few queries do not fill up to that.
 
 The keys of a query lie in spans of a fixed length from position 0 on. A program takes one span for some heads of one
 token, or of several that follow each other (flash-decoding, arXiv 2311.01282); what the spans brought is joined in
@@ -25,6 +25,60 @@ MOST_ROWS = 64  # queries times heads of one program
 
 
 @triton.jit
+def _tile(
+    positions, firsts, counts, tile_begin, H, group, blocks, HEADS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """What a program's rows are: heads of one token, or of several. Those that see most come first."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    if ROWS == HEADS:  # each token is a tile
+        first, count = tile_begin + tile, 1
+    else:
+        first = tl.load(firsts + tile_begin + tile)
+        count = tl.load(counts + tile_begin + tile)
+    last = tl.load(positions + first + count - 1)
+    kv = tl.program_id(1) // blocks
+    r = tl.arange(0, ROWS)
+    token = r // HEADS
+    own = tl.program_id(1) % blocks * HEADS + r % HEADS
+    valid = (token < count) & (own < group)
+    t = (first + token).to(tl.int64)
+    position = tl.load(positions + t, mask=valid, other=-1)
+    return tile, first, last, token, kv * group + own, t, valid, position, kv
+
+
+@triton.jit
+def _lowest(position, valid, last, window):
+    """The first key that any row sees."""
+    lowest = 0
+    if window > 0:
+        lowest = tl.maximum(tl.min(tl.where(valid, position, last), 0) - window + 1, 0)
+    return lowest
+
+
+@triton.jit
+def _places(table, key, inside, PAGE: tl.constexpr):
+    """Rows of the cache."""
+    return tl.load(table + key // PAGE, mask=inside, other=0).to(tl.int64) * PAGE + key % PAGE
+
+
+@triton.jit
+def _seen(key, position, inside, window):
+    seen = inside & (key <= position)
+    if window > 0:
+        seen = seen & (key > position - window)
+    return seen
+
+
+@triton.jit
+def _soften(scores, seen, scale, top, AXIS: tl.constexpr, dtype: tl.constexpr):
+    """Chances relative to the largest score so far, by what earlier sums fade, and that score."""
+    scores = tl.where(seen, scores * scale, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, AXIS))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    return tl.exp2(scores - tl.expand_dims(base, AXIS)).to(dtype), tl.exp2(top - base), new_top
+
+
+@triton.jit
 def _attend(
     main, tail, cache, tables, positions, sequences, firsts, counts, values, maxima, sums,
     tile_begin, most, H, group, blocks, spans, each, width, row_width, scale, window,
@@ -32,24 +86,12 @@ def _attend(
     MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those that see most come first
-    if ROWS == HEADS:  # each token is a tile
-        first, count = tile_begin + tile, 1
-    else:
-        first = tl.load(firsts + tile_begin + tile)
-        count = tl.load(counts + tile_begin + tile)
-    last = tl.load(positions + first + count - 1)
+    tile, first, last, token, head, t, valid, position, kv = _tile(
+        positions, firsts, counts, tile_begin, H, group, blocks, HEADS, ROWS
+    )
     first_span = tl.program_id(2) * each
     if first_span * SPAN > last:
         return
-    kv = tl.program_id(1) // blocks
-    r = tl.arange(0, ROWS)
-    token = r // HEADS
-    own = tl.program_id(1) % blocks * HEADS + r % HEADS
-    valid = (token < count) & (own < group)
-    head = kv * group + own
-    t = (first + token).to(tl.int64)
-    position = tl.load(positions + t, mask=valid, other=-1)
     m = tl.arange(0, MAIN)
     v = tl.arange(0, VALUE)
     at = t * H + head
@@ -61,9 +103,7 @@ def _attend(
         )
     table = tables + tl.load(sequences + first).to(tl.int64) * width
     ones = tl.full([64, KEYS], 1.0, q.dtype)
-    lowest = 0
-    if window > 0:
-        lowest = tl.maximum(tl.min(tl.where(valid, position, last), 0) - window + 1, 0) // KEYS * KEYS
+    lowest = _lowest(position, valid, last, window) // KEYS * KEYS
     for span in range(first_span, tl.minimum(first_span + each, last // SPAN + 1)):
         top = tl.full([ROWS], float("-inf"), tl.float32)
         mixed = tl.zeros([VALUE, ROWS], tl.float32)
@@ -72,8 +112,7 @@ def _attend(
         for k0 in range(tl.maximum(span * SPAN, lowest), end, KEYS):
             key = k0 + tl.arange(0, KEYS)
             inside = key < end
-            page = tl.load(table + key // PAGE, mask=inside, other=0).to(tl.int64)
-            row = cache + (page * PAGE + key % PAGE) * row_width + kv * (0 if SHARED else MAIN_W + VALUE_W)
+            row = cache + _places(table, key, inside, PAGE) * row_width + kv * (0 if SHARED else MAIN_W + VALUE_W)
             k_main = tl.load(row[:, None] + m[None, :], mask=inside[:, None] & (m[None, :] < MAIN_W), other=0)
             scores = tl.dot(k_main, q, input_precision="ieee")
             if TAIL_W > 0:
@@ -81,14 +120,8 @@ def _attend(
                     row[:, None] + MAIN_W + r_dims[None, :], mask=inside[:, None] & (r_dims[None, :] < TAIL_W), other=0
                 )
                 scores = tl.dot(k_tail, q_tail, scores, input_precision="ieee")
-            seen = inside[:, None] & (key[:, None] <= position[None, :])
-            if window > 0:
-                seen = seen & (key[:, None] > position[None, :] - window)
-            scores = tl.where(seen, scores * scale, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 0))
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            faded = tl.exp2(top - base)
-            chances = tl.exp2(scores - base[None, :]).to(q.dtype)
+            seen = _seen(key[:, None], position[None, :], inside[:, None], window)
+            chances, faded, top = _soften(scores, seen, scale, top, 0, q.dtype)
             if SHARED:
                 k_value = k_main
             else:
@@ -97,11 +130,99 @@ def _attend(
                 )
             mixed = tl.dot(tl.trans(k_value), chances, mixed * faded[None, :], input_precision="ieee")
             total = tl.dot(ones, chances, total * faded[None, :], input_precision="ieee")
-            top = new_top
         place = ((tile.to(tl.int64) * most + token) * H + head) * spans + span
         tl.store(values + place[None, :] * VALUE_W + v[:, None], mixed, mask=valid[None, :] & (v[:, None] < VALUE_W))
         tl.store(maxima + place, top, mask=valid)
         tl.store(sums + place, tl.max(total, 0), mask=valid)
+
+
+@triton.jit
+def _scores(
+    qs, q_tail, row, inside, MAIN_W: tl.constexpr, TAIL_W: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Products of queries [ROWS, PART] and keys in parts, and these parts."""
+    scores = tl.zeros([ROWS, KEYS], tl.float32)
+    ks = ()
+    for p in tl.static_range(PARTS):
+        i = p * PART + tl.arange(0, PART)
+        k_part = tl.load(row[None, :] + i[:, None], mask=inside[None, :] & (i[:, None] < MAIN_W), other=0)
+        ks = ks + (k_part,)  # type: ignore[assignment]  # noqa: RUF005
+        scores = tl.dot(qs[p], k_part, scores, input_precision="ieee")
+    if TAIL_W > 0:
+        i = tl.arange(0, TAIL)
+        k_tail = tl.load(row[None, :] + MAIN_W + i[:, None], mask=inside[None, :] & (i[:, None] < TAIL_W), other=0)
+        scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
+    return scores, ks
+
+
+@triton.jit
+def _attend_many(
+    main, tail, cache, tables, positions, sequences, firsts, counts, values, maxima, sums,
+    tile_begin, most, H, group, blocks, spans, each, width, row_width, scale, window,
+    MAIN_W: tl.constexpr, TAIL_W: tl.constexpr, VALUE_W: tl.constexpr, SHARED: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    PAGE: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """For tiles of many queries: these are the rows, and what is mixed stands in parts, so that no thread reads of more
+    rows of the cache than it must. The sums are those of `_attend`, to the bit."""
+    tile, first, last, token, head, t, valid, position, kv = _tile(
+        positions, firsts, counts, tile_begin, H, group, blocks, HEADS, ROWS
+    )
+    first_span = tl.program_id(2) * each
+    if first_span * SPAN > last:
+        return
+    d = tl.arange(0, PART)
+    at = t * H + head
+    qs = ()
+    for p in tl.static_range(PARTS):
+        q = tl.load(
+            main + at[:, None] * MAIN_W + (p * PART + d)[None, :], valid[:, None] & (p * PART + d[None, :] < MAIN_W), 0
+        )
+        qs = qs + (q,)  # type: ignore[assignment]  # noqa: RUF005 (so does Triton read it)
+    q_tail = qs[0]
+    if TAIL_W > 0:
+        r_dims = tl.arange(0, TAIL)
+        q_tail = tl.load(tail + at[:, None] * TAIL_W + r_dims[None, :], valid[:, None] & (r_dims[None, :] < TAIL_W), 0)
+    table = tables + tl.load(sequences + first).to(tl.int64) * width
+    ones = tl.full([KEYS, 16], 1.0, main.dtype.element_ty)
+    lowest = _lowest(position, valid, last, window) // KEYS * KEYS
+    for span in range(first_span, tl.minimum(first_span + each, last // SPAN + 1)):
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        mixed = ()
+        for _ in tl.static_range(VALUE // PART):
+            mixed = mixed + (tl.zeros([ROWS, PART], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        sixteen = tl.zeros([ROWS, 16], tl.float32)
+        end = tl.minimum((span + 1) * SPAN, last + 1)
+        for k0 in range(tl.maximum(span * SPAN, lowest), end, KEYS):
+            key = k0 + tl.arange(0, KEYS)
+            inside = key < end
+            row = cache + _places(table, key, inside, PAGE) * row_width + kv * (0 if SHARED else MAIN_W + VALUE_W)
+            scores, ks = _scores(qs, q_tail, row, inside, MAIN_W, TAIL_W, PART, PARTS, TAIL, ROWS, KEYS)
+            seen = _seen(key[None, :], position[:, None], inside[None, :], window)
+            chances, faded, top = _soften(scores, seen, scale, top, 1, main.dtype.element_ty)
+            new_mixed = ()
+            for p in tl.static_range(VALUE // PART):
+                if SHARED:
+                    k_value = tl.trans(ks[p])
+                else:
+                    i = p * PART + d
+                    k_value = tl.load(
+                        row[:, None] + MAIN_W + i[None, :], mask=inside[:, None] & (i[None, :] < VALUE_W), other=0
+                    )
+                sum_part = tl.dot(chances, k_value, mixed[p] * faded[:, None], input_precision="ieee")
+                new_mixed = new_mixed + (sum_part,)  # type: ignore[assignment]  # noqa: RUF005
+            mixed = new_mixed
+            sixteen = tl.dot(chances, ones, sixteen * faded[:, None], input_precision="ieee")
+        place = ((tile.to(tl.int64) * most + token) * H + head) * spans + span
+        for p in tl.static_range(VALUE // PART):
+            i = p * PART + d
+            tl.store(
+                values + place[:, None] * VALUE_W + i[None, :], mixed[p], mask=valid[:, None] & (i[None, :] < VALUE_W)
+            )
+        tl.store(maxima + place, top, mask=valid)
+        tl.store(sums + place, tl.max(sixteen, 1), mask=valid)
 
 
 @triton.jit
@@ -172,21 +293,25 @@ def attend(
         count = min(step, len(firsts) - tile)
         # Many tiles fill the chip: then one program takes all spans of its queries.
         each = max(1, min(spans, count * kv_heads * blocks * spans // PROGRAMS))
-        _attend[(count, kv_heads * blocks, triton.cdiv(spans, each))](
+        arguments = (
             main_THX, tail_THR, cache, tables, positions, sequences, firsts, counts, values, maxima, sums, tile, most,
             H, group, blocks, spans, each, tables.shape[1], cache.shape[-1], scale * math.log2(math.e), window, X, R,
-            value, shared, _padded(X), _padded(R), wide, heads, rows, cache.shape[1], SPAN, KEYS,
-            num_warps=_warps(rows, wide), num_stages=2,
+            value, shared,
         )  # fmt: skip
+        grid = (count, kv_heads * blocks, triton.cdiv(spans, each))
+        sizes = (_padded(X), _padded(R), wide, heads, rows, cache.shape[1], SPAN, KEYS)
+        if rows <= 16:
+            # Triton divides stages between tables and rows: with five, rows come two steps ahead, where there is room.
+            _attend[grid](*arguments, *sizes, num_warps=4, num_stages=2 if wide >= 256 else 5)
+        else:
+            part = min(256, wide, _padded(X))
+            warps = 8 if wide >= 256 else 4
+            _attend_many[grid](*arguments, part, _padded(X) // part, *sizes, num_warps=warps, num_stages=2)
         _join[(count * most, H, triton.cdiv(value, block))](
             values, maxima, sums, sinks_H, positions, firsts, counts, out, tile, most, H, spans, window,
             sinks_H is not None, SPAN, value, block, 4, num_warps=2,
         )  # fmt: skip
     return out
-
-
-def _warps(rows: int, value: int) -> int:
-    return 8 if value >= 256 and rows > 16 else 4
 
 
 def _padded(width: int) -> int:

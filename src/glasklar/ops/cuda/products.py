@@ -163,7 +163,7 @@ def _gated(
         e = tl.load(ids + tl.program_id(2))
     elif GROUPED:
         e, count = _nth_expert(counts, tl.program_id(2), E, EXPERTS)
-    expert = e.to(tl.int64) if GROUPED else 0
+    expert = e.to(tl.int64) if GROUPED else 0  # type: ignore[attr-defined]
     if CLAMPED:
         gate_row, up_row = 2 * n, 2 * n + 1
     else:
