@@ -181,7 +181,7 @@ def _attend_many(
             main + at[:, None] * MAIN_W + (p * PART + d)[None, :], valid[:, None] & (p * PART + d[None, :] < MAIN_W), 0
         )
         qs = qs + (q,)  # type: ignore[assignment]  # noqa: RUF005 (so does Triton read it)
-    q_tail = qs[0]
+    q_tail = qs[0]  # type: ignore[misc]
     if TAIL_W > 0:
         r_dims = tl.arange(0, TAIL)
         q_tail = tl.load(tail + at[:, None] * TAIL_W + r_dims[None, :], valid[:, None] & (r_dims[None, :] < TAIL_W), 0)
