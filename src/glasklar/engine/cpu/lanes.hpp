@@ -86,11 +86,13 @@ inline bf16 narrow(float x) {
     return {uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16)};
 }
 
-// Sixteen values rounded as `narrow` does it; each the upper half of its word, the lower one 0.
-inline Words rounded(Floats v) {
-    Words w = reinterpret_cast<Words>(v), odd = w >> 16 & 1u;
+// Values rounded as `narrow` does it; each the upper half of its word, the lower one 0. `W`: as many words.
+template <class V, class W>
+inline W rounded_of(V v) {
+    W w = reinterpret_cast<W>(v), odd = w >> 16 & 1u;
     return (v != v ? w | 0x400000u : w + odd + 0x7fffu) & 0xffff0000u;
 }
+inline Words rounded(Floats v) { return rounded_of<Floats, Words>(v); }
 inline void store(bf16* p, Floats v) {
 #if defined(__AVX512BF16__)
     __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
@@ -137,7 +139,8 @@ inline Floats sums(const Floats* v) {
 }
 template <class V>
 inline V larger(V a, V b) { return a < b ? b : a; }
-inline Floats smaller(Floats a, Floats b) { return b < a ? b : a; }
+template <class V>
+inline V smaller(V a, V b) { return b < a ? b : a; }
 inline Floats magnitude(Floats v) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(v) & 0x7fffffffu); }
 inline float largest(Floats v) {
     float top = v[0];
@@ -165,11 +168,11 @@ inline V exp_of(V x) {
 typedef int32_t EightInts __attribute__((vector_size(32)));
 inline Eight exp(Eight x) { return exp_of<Eight, EightInts>(x); }
 inline Floats exp(Floats x) { return both(exp(low(x)), exp(high(x))); }
-inline Floats silu(Floats x) { return both(low(x) / (1.0f + exp(-low(x))), high(x) / (1.0f + exp(-high(x)))); }
 #else
 inline Floats exp(Floats x) { return exp_of<Floats, Ints>(x); }
-inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
 #endif
+template <class V>
+inline V silu(V x) { return x / (1.0f + exp(-x)); }
 
 // Vectors that registers hold: Floats, or halves of them. Compilers keep longer ones in memory.
 #if defined(__FMA__) && !defined(__AVX512F__)
@@ -181,7 +184,7 @@ constexpr int NEAR = sizeof(Near) / sizeof(float);
 inline Near near_at(const float* p) { return load_as<Near>(p); }
 inline void put(float* p, Near v) { std::memcpy(p, &v, sizeof v); }
 
-inline float exp1(float x) { return exp(spread(x))[0]; }
+inline float exp1(float x) { return exp(spread_as<Near>(x))[0]; }
 
 // Sixteen pairs of bf16 meet a pair of activations in PAIR_STEPS steps: an instruction does both products, the second one first,
 // each fused; without it they are two steps. `Narrow` is how such activations are kept: rounded to bf16 either way.
@@ -206,6 +209,10 @@ inline Floats of_pairs(Words w, int step) { return reinterpret_cast<Floats>(step
 inline Floats spread_pair(const Narrow* p, int step) { return spread(p[1 - step]); }
 inline Floats add_products(Floats c, Floats a, Floats b) { return fma(a, b, c); }
 inline void store_narrow(Narrow* p, Floats v) { store(p, reinterpret_cast<Floats>(rounded(v))); }
+#if defined(__FMA__) && !defined(__AVX512F__)
+typedef uint32_t EightWords __attribute__((vector_size(32)));
+inline void store_narrow(Narrow* p, Eight v) { put(p, reinterpret_cast<Eight>(rounded_of<Eight, EightWords>(v))); }
+#endif
 #endif
 
 // Compilers make operands in memory of what is loaded once and used twice; two loads of whole vectors a cycle are more than the

@@ -98,20 +98,16 @@ inline void prepare_eights(const float* x, Eights& out) {
 // One group of 32 values at `x`.
 inline void prepare_group(const float* x, const Rows& to, int64_t row, int group) {
     int64_t place = row * to.width + group * GROUP;
-    Floats a = load(x), b = load(x + LANES);
-    if (to.wide && to.wide + place != x) {
-        store(to.wide + place, a);
-        store(to.wide + place + LANES, b);
-    }
-    if (to.narrow) {
-        store_narrow(to.narrow + place, a);
-        store_narrow(to.narrow + place + LANES, b);
+    for (int i = 0; i < GROUP; i += NEAR) {
+        if (to.wide && to.wide + place != x) put(to.wide + place + i, near_at(x + i));
+        if (to.narrow) store_narrow(to.narrow + place + i, near_at(x + i));
     }
     if (!to.eights) return;
     // A row that is not finite must not become finite here: NaN and infinity end up in the scale.
 #if defined(__AVX2__) && !defined(__AVX512F__)
     prepare_eights(x, to.eights[row * to.groups() + group]);
 #else
+    Floats a = load(x), b = load(x + LANES);
     bool finite = sum(a * 0.0f + b * 0.0f) == 0;
     float top = largest(larger(magnitude(a), magnitude(b)));
     float scale = top / 127, inverse = top > 0 ? 127 / top : 0;

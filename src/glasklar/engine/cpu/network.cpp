@@ -479,7 +479,7 @@ void Network::hidden_task(const Matrix& w, Units units, Units next, const Rows& 
             for (int i = 0; i < rows; ++i)
                 for (int unit = 0; unit < some; ++unit) {
                     float* p = products + (i * STREAMS + 4 * unit) * TILE;
-                    for (int half = 0; half < 2; ++half) store(p + half * TILE, gated(load(p + half * TILE), load(p + (2 + half) * TILE)));
+                    for (int j = 0; j < 2 * TILE; j += NEAR) put(p + j, gated(near_at(p + j), near_at(p + 2 * TILE + j)));
                     prepare_group(p, out, out_first + row + i, first + unit);
                 }
         }

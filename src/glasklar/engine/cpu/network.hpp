@@ -190,10 +190,11 @@ class Network {
     // Tiles of a matrix that meets the rows of all tokens, or of its copy for one head: emit(copy, token, column, values).
     template <class Emit>
     void dense(const Matrix& w, int task, const Rows& in, Emit emit);
-    Floats gated(Floats gate, Floats up) const {
+    template <class V>
+    V gated(V gate, V up) const {
         if (shape_.swiglu_limit == 0) return silu(gate) * up;
         // gpt-oss: gate sigmoid(alpha gate) (up + 1), both cut off
-        const Floats limit = spread(shape_.swiglu_limit);
+        const V limit = spread_as<V>(shape_.swiglu_limit);
         gate = smaller(gate, limit);
         return gate / (1.0f + exp(gate * -shape_.swiglu_alpha)) * (larger(smaller(up, limit), -limit) + 1.0f);
     }
