@@ -15,9 +15,9 @@ from torch import Tensor
 from glasklar.data.foreign import open_tokenizer
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.engine.cpu.library import CACHES, CacheKind
-from glasklar.engine.paged_runner import logits_of
 from glasklar.engine.packed import PackedModel, Quantisation, load_packed
 from glasklar.engine.packed_file import kept_packed
+from glasklar.engine.paged_runner import logits_of
 from glasklar.errors import CheckpointError, RequestError
 from glasklar.hub import RECORD, folder_of, is_id
 from glasklar.model.attention import document_mask

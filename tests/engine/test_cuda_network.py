@@ -44,6 +44,20 @@ SHAPES = {
         "sliding_window": 19, "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
     },
 }  # fmt: skip
+WIDE = {"vocab_size": 97, "hidden_size": 2048, "num_hidden_layers": 2, "max_position_embeddings": 2048}
+PUBLISHED = {
+    "V2-Lite": WIDE | {
+        "num_attention_heads": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "v_head_dim": 128, "intermediate_size": 10944, "n_routed_experts": 16, "n_shared_experts": 2,
+        "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "first_k_dense_replace": 1, "scoring_func": "softmax",
+        "norm_topk_prob": False,
+    },
+    "Qwen 1.5B": WIDE | {
+        "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128,
+        "intermediate_size": 8960, "attention_bias": True, "rope_interleave": False,
+    },
+}  # fmt: skip
+SHAPES = SHAPES | (PUBLISHED if DEVICE == "cuda" else {})
 
 
 def ops() -> PagedOps:

@@ -20,8 +20,8 @@ from glasklar.engine.draft import PLAIN, Gain, Way
 from glasklar.engine.engine import Engine
 from glasklar.engine.guide import Guide, ThinkingBudget
 from glasklar.engine.native import NativeNetwork
-from glasklar.engine.paged_runner import PagedRunner
 from glasklar.engine.packed import KINDS, PackedModel, Packer, pack
+from glasklar.engine.paged_runner import PagedRunner
 from glasklar.engine.request import Completion, SamplingParams
 from glasklar.engine.runner import Result
 from glasklar.engine.spill import SpillConfig

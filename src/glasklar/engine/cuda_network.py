@@ -29,8 +29,8 @@ from glasklar.ops.paged import PagedOps, Parts
 LATENT_EPS = 1e-6  # the norms within MLA have one of their own
 # Passes of up to so many tokens that all draw are recorded; of how many pages a recorded one can reach: 4^n times 32.
 RECORDED_TOKENS, SHORTEST_TABLE = 512, 32
-# Queries times heads that one program of attention takes when prompts are read.
-TILE_ROWS = 64
+# Queries times heads that one program of attention takes when prompts are read: in fp32 there is room for fewer.
+TILE_ROWS = {torch.bfloat16: 64, torch.float32: 16}
 
 
 @dataclass(frozen=True)
@@ -196,11 +196,9 @@ class CudaNetwork:
 
     def _tiles(self, positions: NDArray[np.int32], own: NDArray[np.int64]) -> tuple[NDArray, NDArray, int]:
         """Stretches of tokens that follow each other in a sequence: where they begin, how many, how many at most."""
-        T, group = (
-            len(positions),
-            self.config.num_attention_heads // (1 if self.config.is_mla else self.config.kv_heads),
-        )
-        most = max(1, TILE_ROWS // min(16, 1 << (group - 1).bit_length())) if T > 16 else 1
+        T, c = len(positions), self.config
+        group = c.num_attention_heads // (1 if c.is_mla else c.kv_heads)
+        most = max(1, TILE_ROWS[self.cache_dtype] // min(16, 1 << (group - 1).bit_length())) if T > 16 else 1
         follows = np.zeros(T, np.bool_)
         follows[1:] = (own[1:] == own[:-1]) & (positions[1:] == positions[:-1] + 1)
         starts = np.flatnonzero(~follows)

@@ -25,9 +25,9 @@ from glasklar.engine.cache import SlotCache
 from glasklar.engine.cpu.library import CACHES, CacheKind
 from glasklar.engine.draft import DRAFT_ROWS, PLAIN, Drafter
 from glasklar.engine.guide import Guide
-from glasklar.engine.paged_runner import PagedRunner, runs_native
 from glasklar.engine.packed import PackedModel
 from glasklar.engine.paged import PageRoom
+from glasklar.engine.paged_runner import PagedRunner, runs_native
 from glasklar.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent
 from glasklar.engine.runner import Result, Runner
 from glasklar.engine.sampler import Alternatives, Sampled, SpecialRow, sample, uniform

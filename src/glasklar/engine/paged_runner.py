@@ -30,13 +30,18 @@ PASS_TOKENS = 512
 
 
 def runs_native(model: Transformer | PackedModel) -> bool:
-    """Whether passes of our own can run this network here, in fp32 or bf16: C++ that is compiled, or Triton on a GPU."""
+    """Whether passes of our own can run this network here, in fp32 or bf16: compiled C++, or Triton on a GPU."""
     if isinstance(model, PackedModel):
         return True
     weight = model.embed_tokens.weight
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return False
-    return {"cpu": library.best, "cuda": kernels}.get(weight.device.type, lambda: None)() is not None
+    match weight.device.type:
+        case "cpu":
+            return library.best() is not None
+        case "cuda":
+            return kernels() is not None
+    return False
 
 
 def computed_by(network: Transformer | PackedModel, cache: CacheKind | None = None) -> dict[str, str]:
@@ -149,8 +154,8 @@ class PagedRunner:
     def _network_on_gpu(self, model: Transformer) -> CudaNetwork:
         if self.cache_kind is not None or self.quantise is not None:
             raise RequestError(
-                f"cache = {self.cache_kind!r}, quantise = {self.quantise!r}: on a GPU, weights and cache are as the model"
-                " is loaded; leave them out"
+                f"cache = {self.cache_kind!r}, quantise = {self.quantise!r}: on a GPU, weights and cache are as the"
+                " model is loaded; leave them out"
             )
         ops = kernels()
         assert ops is not None, "ask `runs_native` first"
@@ -258,13 +263,13 @@ class PagedRunner:
             part = tokens[begin : begin + self.most]
             wanted = [(i, whose) for i, (_, p, row) in enumerate(part) for whose in draws.get((p, row), ())]
             while part:
-                now, wanted = wanted[:self.most], wanted[self.most:]
+                now, wanted = wanted[: self.most], wanted[self.most :]
                 who = [whose for _, whose in now]
                 outputs = np.array([i for i, _ in now], np.int32)
                 found, chosen, logprobs[who] = self._read(part, outputs, temperature[who], uniform[who], texts)
                 logits_BW[who], drawn[who] = found, chosen
                 # More draws than a pass has outputs: their tokens are run again, to the same bits.
-                part = [part[i] for i, _ in wanted[:self.most]]
+                part = [part[i] for i, _ in wanted[: self.most]]
                 wanted = [(i % self.most, whose) for i, (_, whose) in enumerate(wanted)]
         for place, prompt in enumerate(once):
             self.cache.publish(first[place], prompt)

@@ -289,6 +289,9 @@ def attend(
     values = torch.empty(room, value, dtype=torch.float32, device=device)
     maxima, sums = torch.empty(2, room, dtype=torch.float32, device=device)
     wide, block = _padded(value), min(256, _padded(value))
+    # Rows of many fp32 values leave shared memory no room for more.
+    large = main_THX.dtype == torch.float32 and _padded(X) >= 256
+    keys = 32 if large else KEYS
     for tile in range(0, len(firsts), step):
         count = min(step, len(firsts) - tile)
         # Many tiles fill the chip: then one program takes all spans of its queries.
@@ -299,10 +302,11 @@ def attend(
             value, shared,
         )  # fmt: skip
         grid = (count, kv_heads * blocks, triton.cdiv(spans, each))
-        sizes = (_padded(X), _padded(R), wide, heads, rows, cache.shape[1], SPAN, KEYS)
+        sizes = (_padded(X), _padded(R), wide, heads, rows, cache.shape[1], SPAN, keys)
         if rows <= 16:
             # Triton divides stages between tables and rows: with five, rows come two steps ahead, where there is room.
-            _attend[grid](*arguments, *sizes, num_warps=4, num_stages=2 if wide >= 256 else 5)
+            stages = 1 if large else 2 if wide >= 256 else 5
+            _attend[grid](*arguments, *sizes, num_warps=4, num_stages=stages)
         else:
             part = min(256, wide, _padded(X))
             warps = 8 if wide >= 256 else 4
