@@ -20,7 +20,7 @@ from glasklar.ops.paged import REFERENCE, PagedOps
 
 DEVICE = os.environ.get("GLASKLAR_TEST_DEVICE", "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}  # the network itself in bf16: 3e-2 with Qwen's widths
 
 COMMON = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 2048}
 LATENT = COMMON | {
