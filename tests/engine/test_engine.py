@@ -300,3 +300,33 @@ def test_statistics_count_tokens(model: Transformer) -> None:
     engine = Engine(model)
     engine.generate([[1] * 5, [2] * 7], SamplingParams(max_tokens=4))
     assert (engine.stats.prompt_tokens, engine.stats.tokens, engine.stats.steps) == (12, 8, 3)
+
+
+def test_a_long_prompt_for_which_memory_lacks_fails_alone(
+    model: Transformer, passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU. Nothing of the piece that failed is found again."""
+    if passes == "torch":
+        pytest.skip("slots know no pieces")
+    engine, params = Engine(model, chunk_tokens=16, draft_tokens=0), SamplingParams(max_tokens=6, temperature=0.0)
+    assert isinstance(engine.runner, PagedRunner)
+    short, long = prompts(1, longest=9)[0], prompts(1, seed=5)[0] * 40
+    read, calls = engine.runner._read, 0
+
+    def failing(part: list[tuple[int, int, int]], *rest: object) -> object:
+        nonlocal calls
+        calls += part[0][2] == engine.runner.spare  # type: ignore[union-attr]
+        if calls == 3:
+            raise torch.OutOfMemoryError("no room")
+        return read(part, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.runner, "_read", failing)
+    first, second = engine.add(short, params), engine.add(long[:60], params)
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert [str(e.error) for e in events if e.request == second] == ["out of memory: no room"]
+    assert [e.token for e in events if e.request == first] == oracle(model, short, params)
+    [answer] = engine.generate([long[:60]], params)
+    assert answer.ids == oracle(model, long[:60], params)
+    engine.runner.cache.check()

@@ -335,6 +335,10 @@ class Engine:
             return None
         try:
             self._with_room(read)
+        except torch.OutOfMemoryError as error:  # of a GPU; the others go on
+            self.cancel(request.id)
+            reason = CapacityError(f"out of memory: {error}")
+            return _Made(np.zeros(1, np.int64), [request], None, {0: "error"}, {0: reason}, {})
         except BaseException:
             self.cancel(request.id)
             raise

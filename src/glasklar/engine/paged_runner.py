@@ -173,11 +173,11 @@ class PagedRunner:
             self._filled = self._known = self.cache.begin(self.spare, prompt)
         begin, end = self._filled, min(self._filled + self.chunk_tokens, len(prompt))
         self.cache.reach(self.spare, end)
-        self._filled = end
         part = [(prompt[p], p, self.spare) for p in range(begin, end)]
         outputs = np.array([end - 1 - begin] if end == len(prompt) else [], np.int32)
         count = len(outputs)
         logits, tokens, logprobs = self._read(part, outputs, temperature[:count], uniform[:count], {self.spare: prompt})
+        self._filled = end  # not before: what failed must not be found again
         if end < len(prompt):
             return None
         self.cache.publish(self.spare, prompt)
