@@ -321,7 +321,7 @@ inline __m256i sums_of_eight(const __m256i* v) {
 
 // The products of H queries, [width / 32, H, 32], with KEYS keys.
 template <int H>
-inline Ints dot_block(const int16_t* queries, const int16_t* keys, int row, int width) {
+__attribute__((always_inline)) inline Ints dot_block(const int16_t* queries, const int16_t* keys, int row, int width) {
     constexpr int K = KEYS<H>, SOME_KEYS = K < 8 ? K : 8, SOME_HEADS = 8 / SOME_KEYS;
     __m256i dots[2];
     for (int half = 0; half < 2; ++half) {
@@ -350,7 +350,7 @@ inline Ints dot_block(const int16_t* queries, const int16_t* keys, int row, int 
 // The 32 values at column c of the rows [from, to), summed by each head's weights, [blocks of KEYS, H, KEYS]. Block by block of LANES
 // rows, as the near cache does not hold the lines of a whole span.
 template <int H>
-inline void sum_columns(const Fixed& values, int c, const int16_t* weights, int from, int to, Ints (*sums)[2]) {
+__attribute__((always_inline)) inline void sum_columns(const Fixed& values, int c, const int16_t* weights, int from, int to, Ints (*sums)[2]) {
     constexpr int K = KEYS<H>, SOME = H < 4 ? H : 4;
     __m256i all[2][H][2];
     for (auto& part : all)
@@ -389,7 +389,7 @@ inline void sum_columns(const Fixed& values, int c, const int16_t* weights, int 
 #else
 // The products of H queries, [width / 32, H, 32], with KEYS keys.
 template <int H>
-inline Ints dot_block(const int16_t* query, const int16_t* key, int row, int width) {
+__attribute__((always_inline)) inline Ints dot_block(const int16_t* query, const int16_t* key, int row, int width) {
     constexpr int K = KEYS<H>;
     Ints total[LANES] = {};
     for (int k = 0; k < width; k += 32, key += 32) {
@@ -409,7 +409,7 @@ inline Ints dot_block(const int16_t* query, const int16_t* key, int row, int wid
 
 // The 32 values at column c of the rows [from, to), summed by each head's weights, [blocks of KEYS, H, KEYS].
 template <int H>
-inline void sum_columns(const Fixed& values, int c, const int16_t* weights, int from, int to, Ints (*sums)[2]) {
+__attribute__((always_inline)) inline void sum_columns(const Fixed& values, int c, const int16_t* weights, int from, int to, Ints (*sums)[2]) {
     constexpr int K = KEYS<H>;
     Ints low[H] = {}, high[H] = {};
     for (int s = from / 2 * 2; s < to;) {

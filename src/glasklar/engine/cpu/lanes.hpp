@@ -150,7 +150,7 @@ inline float largest(Floats v) {
 
 // exp to 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. Exactly 0 below -87 (so for -inf); NaN stays NaN. `I`: as many integers.
 template <class V, class I>
-inline V exp_of(V x) {
+__attribute__((always_inline)) inline V exp_of(V x) {
     auto all = [](float c) __attribute__((always_inline)) { return spread_as<V>(c); };
     V clamped = x < -87.0f ? all(-87.0f) : x;
     clamped = clamped > 88.0f ? all(88.0f) : clamped;

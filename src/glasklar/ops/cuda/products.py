@@ -2,7 +2,7 @@
 
 A result is the sum over k in ascending order in one fp32 accumulator, whatever the tile: the tensor cores take sixteen
 values of k at a time in every shape that they have, fp32 is summed one by one. So tiles are chosen by the number of
-rows for speed alone, and a row's bits do not depend on its company (`tests/ops/test_cuda.py`).
+rows for speed alone, and a row's bits do not depend on its company (`tests/engine/test_cuda_network.py`).
 """
 
 from __future__ import annotations
