@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )  # fmt: skip
 def test_loading_takes_little_more_than_the_model(folder: Path, dtype: str, quantize: str) -> None:
-    """At most the largest tensor (in the type in which it is packed) and 60 MB; a mapped file alone would be 250 MB."""
+    """At most the largest tensor (in the type in which it is packed) and 90 MB; a mapped file alone would be 250 MB."""
     command = [sys.executable, "-c", PROGRAM, str(folder), dtype, quantize]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if quantize != "-" and "need the compiled pass" in done.stderr:
@@ -68,7 +68,7 @@ def test_loading_takes_little_more_than_the_model(folder: Path, dtype: str, quan
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["size"] > 70e6
-    assert found["over"] < 66e6 + 60e6
+    assert found["over"] < 66e6 + 90e6
     assert found["told"][0] > 10
     assert found["told"][1:] == [1.0, True]
 
