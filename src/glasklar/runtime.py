@@ -77,11 +77,13 @@ def start(threads: int, device: Device | None = None, compute: Precision = "bf16
     torch.set_num_threads(threads)
     wanted = device or os.environ.get("GLASKLAR_DEVICE")
     if wanted not in (None, "", *get_args(Device)):
-        raise RecipeError(f"GLASKLAR_DEVICE = {wanted!r}: use one of {', '.join(get_args(Device))}, or leave it out")
+        source, known = "device" if device else "GLASKLAR_DEVICE", ", ".join(get_args(Device))
+        raise RecipeError(f"{source} = {wanted!r}: use one of {known}, or leave it out")
     device = cast(Device, wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError(
-            "device = 'cuda': this torch sees no GPU; use device = 'cpu' or install a CUDA build of torch"
+            "device = 'cuda': this torch sees no GPU; use device = 'cpu' (GLASKLAR_DEVICE=cpu) or install"
+            " a CUDA build of torch"
         )
     return Runtime(device=device, compute=compute, threads=threads)
 

@@ -21,12 +21,11 @@ from torch import Tensor
 from glasklar.engine.paged import new_pages
 from glasklar.engine.sampler import COLDEST
 from glasklar.engine.shapes import rounded_rows
-from glasklar.model.attention import GroupedQueryAttention, LatentAttention, inverse_frequencies
+from glasklar.model.attention import LATENT_EPS, GroupedQueryAttention, LatentAttention, inverse_frequencies
 from glasklar.model.moe import FeedForward, MixtureOfExperts
 from glasklar.model.transformer import Block, PredictionModule, Transformer
 from glasklar.ops.paged import PagedOps, Parts
 
-LATENT_EPS = 1e-6  # the norms within MLA have one of their own
 # Passes of up to so many tokens that all draw are recorded; of how many pages a recorded one can reach: 4^n times 32.
 RECORDED_TOKENS, SHORTEST_TABLE = 512, 32
 # Queries times heads that one program of attention takes when prompts are read: in fp32 there is room for fewer.
@@ -73,8 +72,6 @@ class CudaNetwork:
 
     ops   the kernels, or their reference (on any device, for tests)
     """
-
-    cache_kind = "weights"  # what the cache holds: numbers of the weights' type
 
     def __init__(self, model: Transformer, ops: PagedOps, *, page: int = 16, max_tokens: int = 2048) -> None:
         c = model.config

@@ -4,8 +4,8 @@
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=16))    # whole answers
     engine.add([1, 2, 3], SamplingParams()); engine.step()         # one by one, as a server does
 
-On a CPU the passes are made in C++ (`paged_runner.py`), where that is compiled: then a request's numbers are the same
-bits whatever runs beside it. Elsewhere PyTorch makes them (`runner.py`).
+Passes of our own (`paged_runner.py`), in C++ where that is compiled and on a GPU in Triton, give a request's numbers
+the same bits whatever runs beside it. Elsewhere PyTorch makes them (`runner.py`).
 
 Whoever changes a model's weights in place (RL) calls `refresh` before the next request.
 """
@@ -77,13 +77,14 @@ class Engine:
     max_tokens       most cache tokens of all slots together; memory is taken as it is needed
     prefill_tokens   prompt tokens taken up in one step
     chunk_tokens     a longer prompt is read in pieces of so many tokens, one in a step; while answers run, in pieces
-                     that hold them up for half a second at most (C++ passes only)
-    draft_tokens     most tokens guessed ahead for a request, while few run and it gains; 0: none (C++ passes only)
+                     that hold them up for half a second at most; None: as many as a pass takes (passes of our own only)
+    draft_tokens     most tokens guessed ahead for a request, while few run and it gains; 0: none (passes of our own
+                     only)
     cache            what the cache holds of a token: "int16", "float32", or "int8", which takes half the memory of
                      int16; None: float32 if the weights are, else int16 (C++ passes only)
     spill            where on disk to keep beginnings of texts that memory has no room for, also for the next start
-                     (C++ passes only)
-    native           True: passes in C++, False: in PyTorch; None: in C++ where that is possible
+                     (passes of our own only)
+    native           True: passes of our own, False: of PyTorch; None: our own where that is possible
     """
 
     def __init__(
@@ -115,10 +116,12 @@ class Engine:
         else:
             if spill is not None:
                 raise RequestError(
-                    "spill: only the C++ pass keeps pages; leave `spill` (serve --cache-disk) out, or `native`"
+                    "spill: only passes of our own keep pages; leave `spill` (serve --cache-disk) out, or `native`"
                 )
             if cache is not None:
-                raise RequestError(f"cache = {cache!r}: only the C++ pass has a choice; leave `cache` out, or `native`")
+                raise RequestError(
+                    f"cache = {cache!r}: only passes of our own have a choice; leave `cache` out, or `native`"
+                )
             if not isinstance(model, Transformer):
                 raise RequestError("packed weights need the C++ pass; leave `native` out")
             weight = model.embed_tokens.weight

@@ -13,9 +13,7 @@ from torch import Tensor
 from glasklar.engine.cpu.library import CACHES, VERSION, CacheKind, Draft, Embedding, Layer, Pass, Shape
 from glasklar.engine.packed import PackedLayer, PackedModel
 from glasklar.engine.paged import new_pages
-from glasklar.model.attention import inverse_frequencies
-
-LATENT_EPS = 1e-6  # the norms within MLA have one of their own
+from glasklar.model.attention import LATENT_EPS, inverse_frequencies
 
 
 class NativeNetwork:

@@ -18,6 +18,8 @@ from glasklar.model.config import ModelConfig, RopeScaling, yarn_mscale
 from glasklar.model.linear import Linear
 from glasklar.ops.select import Ops
 
+LATENT_EPS = 1e-6  # the norms within MLA have one of their own
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -192,7 +194,7 @@ class LatentAttention(nn.Module):
         return torch.einsum("bhtc,hvc->bhtv", mixed_BHTC, up_v_HVC)
 
     def _norm(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
-        return self.ops.rms_norm(x, norm.weight, 1e-6)
+        return self.ops.rms_norm(x, norm.weight, LATENT_EPS)
 
 
 class GroupedQueryAttention(nn.Module):

@@ -226,15 +226,10 @@ inline void keep(V& v) {
 #endif
 }
 
-// c plus the products of pairs of 16-bit integers, in any order.
+// c plus the products of pairs of 16-bit integers, in any order (AVX2 has its own loops in attention.hpp).
 inline Ints dot_shorts(Ints c, Shorts a, Shorts b) {
 #if defined(__AVX512VNNI__)
     return reinterpret_cast<Ints>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(c), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-    union { Shorts all; __m256i half[2]; } x{a}, y{b};
-    union { Ints all; __m256i half[2]; } sum{c};
-    for (int i = 0; i < 2; ++i) sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(x.half[i], y.half[i]));
-    return sum.all;
 #elif defined(__SSE2__)
     union { Shorts all; __m128i quarter[4]; } x{a}, y{b};
     union { Ints all; __m128i quarter[4]; } sum{c};

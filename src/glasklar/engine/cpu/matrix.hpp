@@ -278,7 +278,6 @@ class Product {
             each([](Floats& mine, Floats& sum) __attribute__((always_inline)) { sum = mine; });
         }
     }
-
 #endif
 
 #if defined(__AVX512VNNI__)
@@ -421,8 +420,8 @@ struct Tiles {
 };
 
 // Products of tiles with M rows, out[tile][row]. With AVX-512 the tiles are read side by side, a group of each in turn: one stream of
-// reads does not keep the memory busy there. `far`: they come from memory, not from a cache; then what is read AHEAD bytes later is asked for, as the
-// processor's own reading ahead ends with each page.
+// reads does not keep the memory busy there. `far`: they come from memory, not from a cache; then what is read AHEAD bytes later is
+// asked for, as the processor's own reading ahead ends with each page.
 template <int KIND, int M>
 __attribute__((noinline)) void multiply_rows(const Tiles& tiles, bool far, int groups, const Rows& a, const int64_t* rows, Floats* out) {
     typedef Product<KIND, M> Each;
