@@ -54,11 +54,25 @@ struct Eights {
     int32_t sum;  // of the values, times -8: what int4's offset adds to a dot, taken back
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The same as int8 weights meet it, in 16 bits: without VNNI products of bytes leave them. Of each four values the even ones come first.
+struct Sixteens {
+    int16_t values[GROUP];
+    float scale;
+    int32_t sum;  // of the values, times -128
+};
+constexpr bool EIGHTS_FOR_INT8 = false;
+#else
+typedef Eights Sixteens;
+constexpr bool EIGHTS_FOR_INT8 = true;
+#endif
+
 // Activation rows as a kind of matrix wants them: floats, bf16, or int8 by groups.
 struct Rows {
     float* wide = nullptr;
     Narrow* narrow = nullptr;
     Eights* eights = nullptr;
+    Sixteens* sixteens = nullptr;
     int width = 0;  // values a row, padding included: whole groups
 
     int groups() const { return width / GROUP; }
@@ -93,6 +107,15 @@ inline void prepare_eights(const float* x, Eights& out) {
     total = _mm_add_epi32(total, _mm_shuffle_epi32(total, 0x4e)), total = _mm_add_epi32(total, _mm_shuffle_epi32(total, 0xb1));
     out.scale = largest / 127, out.sum = -8 * _mm_cvtsi128_si32(total);
 }
+
+inline void widen(const Eights& from, Sixteens& to) {
+    const __m128i even_first = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    for (int i = 0; i < GROUP; i += 16) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from.values + i));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.values + i), _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, even_first)));
+    }
+    to.scale = from.scale, to.sum = 16 * from.sum;
+}
 #endif
 
 // One group of 32 values at `x`.
@@ -102,10 +125,14 @@ inline void prepare_group(const float* x, const Rows& to, int64_t row, int group
         if (to.wide && to.wide + place != x) put(to.wide + place + i, near_at(x + i));
         if (to.narrow) store_narrow(to.narrow + place + i, near_at(x + i));
     }
-    if (!to.eights) return;
+    if (!to.eights && !to.sixteens) return;
     // A row that is not finite must not become finite here: NaN and infinity end up in the scale.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    prepare_eights(x, to.eights[row * to.groups() + group]);
+    const int64_t mine = row * to.groups() + group;
+    Eights here;
+    Eights& out = to.eights ? to.eights[mine] : here;
+    prepare_eights(x, out);
+    if (to.sixteens) widen(out, to.sixteens[mine]);
 #else
     Floats a = load(x), b = load(x + LANES);
     bool finite = sum(a * 0.0f + b * 0.0f) == 0;
@@ -164,15 +191,21 @@ inline uint32_t four_bytes(const int8_t* p) {
     return w;
 }
 
-// Tiles that `rows` rows of activations meet at once. An AVX-512 core does two products a cycle and little more than one load: an
-// activation is loaded for all tiles and a weight for all rows, and their sums fill the registers.
-constexpr int tiles_at_once([[maybe_unused]] int kind, [[maybe_unused]] int rows) {
+// Rows of activations that a product takes at most, and tiles that some rows meet at once. A core does two products a cycle and
+// little more than one load: an activation is loaded for all tiles and a weight for all rows, and their sums fill the registers.
 #if defined(__AVX512F__)
-    return rows > (kind < INT8 ? 5 : 6) ? 3 : 4;
+constexpr int MOST_ROWS = 8;
+constexpr int tiles_at_once(int kind, int rows) { return rows > (kind < INT8 ? 5 : 6) ? 3 : 4; }
+#else
+constexpr int MOST_ROWS = 4;
+constexpr int tiles_at_once([[maybe_unused]] int kind, [[maybe_unused]] int rows) {
+#if defined(__AVX2__)
+    return 1;
 #else
     return 1;
 #endif
 }
+#endif
 
 // Products of M rows of activations, which may be wider than the matrix, with a group of T tiles.
 template <int KIND, int M>
@@ -187,31 +220,40 @@ class Product {
         for (int m = 0; m < M; ++m) {
             if constexpr (KIND == FLOAT) rows_[m] = a.wide + rows[m] * a.width;
             else if constexpr (KIND == BF16) rows_[m] = a.narrow + rows[m] * a.width;
+            else if constexpr (KIND == INT8 && !EIGHTS_FOR_INT8) rows_[m] = a.sixteens + rows[m] * a.groups();
             else rows_[m] = a.eights + rows[m] * a.groups();
         }
     }
 
     // sums[tile][SUMS] += products of group g, whose weights stand at at[tile]. `far`: what stands there LATER is asked for meanwhile.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    template <int T>
+    __attribute__((always_inline)) void add(const uint8_t* const* at, int g, __m256 (*sums)[SUMS]) const {
+        if constexpr (KIND < INT8) add_floats<T>(at, g, sums);
+        else add_integers<T>(at, g, sums);
+    }
+#else
     template <int T>
     __attribute__((always_inline)) void add(const uint8_t* const* at, bool far, int g, Floats* sums) const {
         if constexpr (KIND < INT8) add_floats<T>(at, far, g, sums);
         else add_integers<T>(at, far, g, sums);
     }
+#endif
 
    private:
-    typedef std::conditional_t<KIND == FLOAT, float, std::conditional_t<KIND == BF16, Narrow, Eights>> Element;
+    typedef std::conditional_t<KIND == FLOAT, float, std::conditional_t<KIND == BF16, Narrow, std::conditional_t<KIND == INT8, Sixteens, Eights>>> Element;
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
     // A register has the lanes of half a tile. The even steps, then the odd ones, so that activations are spread once for both halves.
     template <int T>
-    __attribute__((always_inline)) void add_floats(const uint8_t* const* at, bool, int g, Floats* sums) const {
+    __attribute__((always_inline)) void add_floats(const uint8_t* const* at, int g, __m256 (*sums)[SUMS]) const {
         static_assert(T == 1);
         constexpr int STEP = KIND == FLOAT ? 1 : 2;  // inputs a vector
+#pragma GCC unroll 2
         for (int odd = 0; odd < 2; ++odd) {
-            float* to = reinterpret_cast<float*>(sums + odd * M);
             __m256 now[2][M];
 #pragma GCC unroll 8
-            for (int i = 0; i < 2 * M; ++i) now[i % 2][i / 2] = _mm256_loadu_ps(to + i * 8);
+            for (int i = 0; i < 2 * M; ++i) now[i % 2][i / 2] = sums[i % 2][odd * M + i / 2];
             for (int k = odd; k < GROUP / STEP; k += 2) {
                 __m256i words[2];
 #pragma GCC unroll 2
@@ -231,7 +273,7 @@ class Product {
                 }
             }
 #pragma GCC unroll 8
-            for (int i = 0; i < 2 * M; ++i) _mm256_storeu_ps(to + i * 8, now[i % 2][i / 2]);
+            for (int i = 0; i < 2 * M; ++i) sums[i % 2][odd * M + i / 2] = now[i % 2][i / 2];
         }
     }
 #else
@@ -341,51 +383,58 @@ class Product {
     }
 #elif defined(__AVX2__)
     template <int T>
-    __attribute__((always_inline)) void add_integers(const uint8_t* const* at, bool, int g, Floats* sums) const {
-        static_assert(T == 1);
+    __attribute__((always_inline)) void add_integers(const uint8_t* const* at, int g, __m256 (*sums)[SUMS]) const {
+        constexpr int WORDS = KIND == INT4 ? 4 : 8;
         const __m256i ones = _mm256_set1_epi16(1);
-        // A register has the lanes of half a tile. Activations are spread once for both halves; the sums of a group fill the registers.
-        __m256i dots[2][M];
+        __m256i dots[2 * T][M];
 #pragma GCC unroll 8
-        for (int i = 0; i < (KIND == INT4 ? 4 : 8); ++i) {
-            __m256i words[2];
+        for (int i = 0; i < WORDS; ++i) {
+            __m256i words[2 * T];
+#pragma GCC unroll 4
+            for (int half = 0; half < 2 * T; ++half) {
+                words[half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at[half / 2] + 64 * i + 32 * (half % 2)));
+                asm("" : "+x"(words[half]));  // one load for both uses, if there is a register for it
+            }
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) words[half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at[0] + 64 * i + 32 * half));
-#pragma GCC unroll 2
-            for (int high = 0; high < (KIND == INT4 ? 2 : 1); ++high) {
-                __m256i w[2];
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; ++half)  // of int4 with its offset, of int8 without
-                    w[half] = KIND == INT8 ? _mm256_xor_si256(words[half], _mm256_set1_epi8(-128))
+            for (int high = 0; high < 2; ++high) {
+                __m256i w[2 * T];
+#pragma GCC unroll 4
+                for (int half = 0; half < 2 * T; ++half)  // with their offset
+                    w[half] = KIND == INT8 ? (high ? _mm256_srli_epi16(words[half], 8) : _mm256_and_si256(words[half], _mm256_set1_epi16(255)))
                                            : _mm256_and_si256(high ? _mm256_srli_epi16(words[half], 4) : words[half], _mm256_set1_epi8(15));
 #pragma GCC unroll 4
                 for (int m = 0; m < M; ++m) {
-                    const __m256i x = _mm256_set1_epi32(int(four_bytes(rows_[m][g].values + 4 * i + 16 * high)));
-#pragma GCC unroll 2
-                    for (int half = 0; half < 2; ++half) {
+                    int32_t few;  // four bytes, or two of 16 bits
+                    std::memcpy(&few, rows_[m][g].values + (KIND == INT8 ? 4 * i + 2 * high : 4 * i + 16 * high), 4);
+                    const __m256i x = _mm256_set1_epi32(few);
+#pragma GCC unroll 4
+                    for (int half = 0; half < 2 * T; ++half) {
                         __m256i& dot = dots[half][m];
                         if constexpr (KIND == INT4) {  // eight pairs of 15 * 127 + 15 * 127 stay within 16 bits
                             const __m256i pairs = _mm256_maddubs_epi16(w[half], x);
                             dot = i == 0 && high == 0 ? pairs : _mm256_add_epi16(dot, pairs);
-                        } else {  // the sign of the activations is moved over: 127 * 127 + 127 * 127 stay within 16 bits
-                            const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w[half], x)), ones);
-                            dot = i == 0 ? fours : _mm256_add_epi32(dot, fours);
+                        } else {
+                            const __m256i pairs = _mm256_madd_epi16(w[half], x);
+                            dot = i == 0 && high == 0 ? pairs : _mm256_add_epi32(dot, pairs);
                         }
                         asm("" : "+x"(dot));  // else compilers add up last what they should add at once, and have no room for it
                     }
                 }
             }
         }
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at[0] + SIZE - 2 * TILE + 16 * half)));
+        __m256 scales[2 * T];
 #pragma GCC unroll 4
-            for (int m = 0; m < M; ++m) {
-                const Eights& x = rows_[m][g];
-                __m256i dot = dots[half][m];
-                if constexpr (KIND == INT4) dot = _mm256_add_epi32(_mm256_madd_epi16(dot, ones), _mm256_set1_epi32(x.sum));
-                float* to = reinterpret_cast<float*>(sums + m) + 8 * half;
-                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(scale, _mm256_broadcast_ss(&x.scale)), _mm256_loadu_ps(to)));
+        for (int half = 0; half < 2 * T; ++half)
+            scales[half] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at[half / 2] + SIZE - 2 * TILE + 16 * (half % 2))));
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+            const Element& x = rows_[m][g];
+            const __m256 scale = _mm256_broadcast_ss(&x.scale);
+            const __m256i offset = _mm256_set1_epi32(x.sum);
+#pragma GCC unroll 4
+            for (int half = 0; half < 2 * T; ++half) {
+                const __m256i dot = _mm256_add_epi32(KIND == INT4 ? _mm256_madd_epi16(dots[half][m], ones) : dots[half][m], offset);
+                sums[half][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(scales[half], scale), sums[half][m]);
             }
         }
     }
@@ -419,9 +468,45 @@ struct Tiles {
     void add(int tile, const uint8_t* here, const uint8_t* then) { which[count] = tile, now[count] = here, next[count++] = then; }
 };
 
-// Products of tiles with M rows, out[tile][row]. With AVX-512 the tiles are read side by side, a group of each in turn: one stream of
-// reads does not keep the memory busy there. `far`: they come from memory, not from a cache; then what is read AHEAD bytes later is
-// asked for, as the processor's own reading ahead ends with each page.
+// Products of tiles with M rows, out[tile][row]. `far`: the tiles come from memory, not from a cache; then what is read AHEAD bytes
+// later is asked for, as the processor's own reading ahead ends with each page.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// T tiles from `t` on.
+template <int KIND, int M, int T>
+__attribute__((always_inline)) inline void multiply_some(const Product<KIND, M>& product, const Tiles& tiles, int t, bool far, int groups, Floats* out) {
+    typedef Product<KIND, M> Each;
+    constexpr int SIZE = Each::SIZE, SUMS = Each::SUMS;
+    const int turn = std::max(0, groups - Each::EARLY);  // from this group on the next tiles are asked for
+    const uint8_t *at[T], *then[T];
+    for (int j = 0; j < T; ++j) {
+        const int after = t + T + j;
+        at[j] = tiles.now[t + j], then[j] = (after < tiles.count ? tiles.now[after] : tiles.next[after - tiles.count]) + (turn + Each::EARLY - groups) * SIZE;
+    }
+    __m256 sums[2 * T][SUMS];
+    for (auto& half : sums) std::fill(half, half + SUMS, _mm256_setzero_ps());
+    for (int g = 0; g < groups; ++g) {
+#pragma GCC unroll 2
+        for (int j = 0; j < T; ++j)
+            for (int i = 0; far && i < SIZE; i += 64) __builtin_prefetch((g < turn ? at[j] + Each::LATER : then[j] + (g - turn) * SIZE) + i);
+        product.template add<T>(at, g, sums);
+#pragma GCC unroll 2
+        for (int j = 0; j < T; ++j) at[j] += SIZE;
+    }
+    for (int half = 0; half < 2 * T; ++half)
+        for (int m = 0; m < M; ++m)
+            _mm256_storeu_ps(reinterpret_cast<float*>(out + (t + half / 2) * M + m) + 8 * (half % 2), KIND < INT8 ? _mm256_add_ps(sums[half][m], sums[half][SUMS - M + m]) : sums[half][m]);
+}
+
+template <int KIND, int M>
+__attribute__((noinline)) void multiply_rows(const Tiles& tiles, bool far, int groups, const Rows& a, const int64_t* rows, Floats* out) {
+    constexpr int T = tiles_at_once(KIND, M);
+    const Product<KIND, M> product(a, rows);
+    int t = 0;
+    for (; t + T <= tiles.count; t += T) multiply_some<KIND, M, T>(product, tiles, t, far, groups, out);
+    for (; t < tiles.count; ++t) multiply_some<KIND, M, 1>(product, tiles, t, far, groups, out);
+}
+#else
+// The tiles are read side by side, a group of each in turn: one stream of reads does not keep the memory busy.
 template <int KIND, int M>
 __attribute__((noinline)) void multiply_rows(const Tiles& tiles, bool far, int groups, const Rows& a, const int64_t* rows, Floats* out) {
     typedef Product<KIND, M> Each;
@@ -431,16 +516,6 @@ __attribute__((noinline)) void multiply_rows(const Tiles& tiles, bool far, int g
     const Each product(a, rows);
     Floats sums[STREAMS * Each::SUMS];
     std::fill(sums, sums + count * Each::SUMS, Floats{});
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    for (int t = 0; t < count; ++t) {
-        const uint8_t *at = tiles.now[t], *then = t + 1 < count ? tiles.now[t + 1] : tiles.next[0];
-        for (int g = 0; g < groups; ++g, at += SIZE) {
-            const int begun = g + Each::EARLY - groups;
-            for (int i = 0; far && i < SIZE; i += 64) __builtin_prefetch((begun >= 0 ? then + begun * SIZE : at + Each::LATER) + i);
-            product.template add<1>(&at, false, g, sums + t * Each::SUMS);
-        }
-    }
-#else
     for (int g = 0; g < groups; ++g) {
         const int64_t place = int64_t(g) * SIZE, begun = g + Each::EARLY - groups;
         for (int t = 0; far && begun >= 0 && t < count; ++t)
@@ -459,10 +534,10 @@ __attribute__((noinline)) void multiply_rows(const Tiles& tiles, bool far, int g
         if constexpr (MOST > 2) some(std::integral_constant<int, 2>{});
         if constexpr (MOST > 1) some(std::integral_constant<int, 1>{});
     }
-#endif
     for (int t = 0; t < count; ++t)
         for (int m = 0; m < M; ++m) out[t * M + m] = KIND < INT8 ? sums[t * 2 * M + m] + sums[t * 2 * M + M + m] : sums[t * M + m];
 }
+#endif
 
 typedef void (*MultiplyRows)(const Tiles& tiles, bool far, int groups, const Rows& a, const int64_t* rows, Floats* out);
 
@@ -470,7 +545,7 @@ typedef void (*MultiplyRows)(const Tiles& tiles, bool far, int groups, const Row
 // others repeated.
 template <int KIND>
 inline MultiplyRows choose_product(int left, int& rows) {
-    constexpr int MOST = tiles_at_once(KIND, 1) > 1 ? 8 : 4;
+    constexpr int MOST = MOST_ROWS;
     // Of some rows more than one call takes, each takes half.
     rows = left <= MOST || left > 3 * MOST / 2 ? std::min(left, MOST) : (left + 1) / 2;
     if constexpr (MOST == 8) {
@@ -497,8 +572,8 @@ inline Floats bias_of(const Matrix& w, int copy, int tile) {
 template <class Emit>
 inline void multiply(const Matrix& w, int copy, const Tiles& tiles, bool far, const Rows& a, const int64_t* rows, int count, Emit emit) {
     for (int first = 0, at_once; first < count; first += at_once) {
-        Floats out[STREAMS * 8];
-        int64_t list[8];
+        Floats out[STREAMS * MOST_ROWS];
+        int64_t list[MOST_ROWS];
         const MultiplyRows product = choose_product(w.kind, count - first, at_once);
         for (int m = 0; m < at_once; ++m) list[m] = rows[std::min(first + m, count - 1)];
         product(tiles, far, w.groups(), a, list, out);

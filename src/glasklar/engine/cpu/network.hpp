@@ -105,6 +105,7 @@ struct Prepared {
     Buffer<float> wide;
     Buffer<Narrow> narrow;
     Buffer<Eights> eights;
+    Buffer<Sixteens> sixteens;
     Rows rows;
 
     void want(int kind) { kinds_ |= 1 << kind; }
@@ -113,7 +114,8 @@ struct Prepared {
         int64_t all = count * rows.width;
         if (kinds_ & 1 << FLOAT) wide.resize(all), rows.wide = wide.data();
         if (kinds_ & 1 << BF16) narrow.resize(all), rows.narrow = narrow.data();
-        if (kinds_ & (1 << INT8 | 1 << INT4)) eights.resize(all / GROUP), rows.eights = eights.data();
+        if (kinds_ & (1 << INT4 | EIGHTS_FOR_INT8 << INT8)) eights.resize(all / GROUP), rows.eights = eights.data();
+        if (kinds_ & (!EIGHTS_FOR_INT8 << INT8)) sixteens.resize(all / GROUP), rows.sixteens = sixteens.data();
     }
 
    private:
