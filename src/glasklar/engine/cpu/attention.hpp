@@ -193,7 +193,7 @@ inline float store_fixed(const float* x, int width, int16_t* to, int step) {
         }
     alignas(64) float squares[LANES];
     for (int p = 0; p < PARTS; ++p) put(squares + p * NEAR, evens[p] + odds[p]);
-    const float length = std::sqrt(sum(load(squares)));
+    const float length = std::sqrt(sum_at(squares));
     const Near inverse = spread_as<Near>(length > 0 ? REACH / length : 0);
     for (int k = 0; k < width; k += 32, to += step)
 #pragma GCC unroll 2

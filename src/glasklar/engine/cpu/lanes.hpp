@@ -103,13 +103,25 @@ inline void store(bf16* p, Floats v) {
 #endif
 }
 
-// Pairwise, in a fixed order.
-inline float sum(Floats v) {
+// The sum of LANES values: pairwise, in a fixed order.
+inline float sum_at(const float* p) {
+#if defined(__FMA__) && !defined(__AVX512F__)
+    const __m256 eight = _mm256_add_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
     float s[LANES];
-    store(s, v);
+    std::memcpy(s, p, sizeof s);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) s[i] += s[i + half];
     return s[0];
+#endif
+}
+inline float sum(Floats v) {
+    alignas(64) float s[LANES];
+    store(s, v);
+    return sum_at(s);
 }
 // The sums of 16 vectors at once, each with the bits of `sum`.
 inline Floats sums(const Floats* v) {

@@ -124,7 +124,7 @@ void Network::norm(const float* x, int64_t width, const float* weight, float eps
         for (int64_t i = part; i < whole; i += LANES) sums = fma(near_at(x + i), near_at(x + i), sums);
         put(squares + part, sums);
     }
-    float total = sum(load(squares));
+    float total = sum_at(squares);
     for (int64_t i = whole; i < width; ++i) total += x[i] * x[i];
     const float inverse = 1 / std::sqrt(total / float(width) + eps);
     for (int64_t i = 0; i < whole; i += NEAR) put(out + i, near_at(x + i) * inverse * near_at(weight + i));
@@ -165,7 +165,7 @@ void Network::body(Worker& me, bool drafting) {
         attention<T>(me, layers_.back(), 0);
         feed_forward(me, layers_.back());
     } else {
-        me.parallel([this] { return pass_.tokens; }, [&](int t) { embed(t); });
+        each_token(me, [&](int t) { embed(t); });
         for (int i = 0; i < shape_.layers; ++i) {
             attention<T>(me, layers_[i], i);
             feed_forward(me, layers_[i]);
@@ -184,7 +184,7 @@ void Network::embed(int token) {
 // V3 eq. 21: M [norm(Emb(t)); norm(h)].
 void Network::join(Worker& me) {
     const int64_t D = shape_.width, row_size = round_up(2 * D, GROUP);
-    me.parallel([this] { return pass_.tokens; }, [&, D, row_size](int t) {
+    each_token(me, [&, D, row_size](int t) {
         float *row = &both_[t * row_size], *x = &x_[int64_t(t) * padded_];
         embed(t);
         norm(x, D, draft_.embedding_norm, shape_.eps, row);
@@ -203,13 +203,12 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
     const Shape& s = shape_;
     const int H = s.heads, K = s.nope + s.rope, KEY = key_width(), MIXED = round_up(mixed_width(), GROUP);
     const int64_t q_row = round_up(H * K, GROUP), latent_row = round_up(std::max(s.q_latent, 1), GROUP), kv_row = round_up(kv_width(), GROUP);
-    auto tokens = [this] { return pass_.tokens; };
     auto into = [](Buffer<float>& buffer, int64_t row_size, int limit) {
         return [&buffer, row_size, limit](int, int t, int column, Floats v) { store_first(&buffer[t * row_size + column], v, limit - column); };
     };
     float* query = query_.data();
 
-    me.parallel(tokens, [&](int t) {
+    each_token(me, [&](int t) {
         norm(&x_[int64_t(t) * padded_], s.width, layer.attention_norm, s.eps, &normed_[int64_t(t) * padded_]);
         prepare(&normed_[int64_t(t) * padded_], in_.rows, t);
     });
@@ -218,7 +217,7 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
         if (i < tasks(layer.q)) dense(layer.q, i, in_.rows, into(first_q, layer.q_up.data ? latent_row : q_row, layer.q.outputs));
         else dense(layer.kv, i - tasks(layer.q), in_.rows, into(kv_, kv_row, layer.kv.outputs));
     });
-    me.parallel(tokens, [&](int t) {
+    each_token(me, [&](int t) {
         if (layer.q_up.data) {
             float* row = &q_latent_[t * latent_row];
             norm(row, s.q_latent, layer.q_latent_norm, s.latent_eps, row);
@@ -228,7 +227,7 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
     });
     if (layer.q_up.data)
         me.parallel([&] { return tasks(layer.q_up); }, [&](int i) { dense(layer.q_up, i, q_in_.rows, into(q_, q_row, layer.q_up.outputs)); });
-    me.parallel(tokens, [&](int t) {
+    each_token(me, [&](int t) {
         for (int h = 0; h < H; ++h) {
             float* q = &q_[t * q_row + h * K];
             float* to = query + (int64_t(t) * H + h) * KEY;
@@ -239,8 +238,8 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
                 continue;
             }
             std::copy(q + s.nope, q + K, to + s.latent);
-            float padded[1024] = {};
-            std::memcpy(padded, q, 4 * s.nope);
+            float padded[1024];
+            std::fill(std::copy(q, q + s.nope, padded), padded + nope_in_.rows.width, 0.0f);
             prepare(padded, nope_in_.rows, int64_t(t) * H + h);
         }
     });
@@ -261,7 +260,7 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
             dense(layer.v_up, i, mixed_in_.rows,
                   [&](int h, int t, int column, Floats v) { store_first(&joined_[t * joined_row + h * s.value + column], v, s.value - column); });
         });
-    me.parallel(tokens, [&](int t) {
+    each_token(me, [&](int t) {
         if (!latent())
             for (int h = 0; h < H; ++h) std::memcpy(&joined_[t * joined_row + h * s.value], &mixed_[(int64_t(t) * H + h) * MIXED], 4 * s.value);
         prepare(&joined_[t * joined_row], out_in_.rows, t);
@@ -408,7 +407,7 @@ void Network::join_spans(const Layer& layer, int token, int block) {
 
 void Network::feed_forward(Worker& me, const Layer& layer) {
     const Shape& s = shape_;
-    me.parallel([this] { return pass_.tokens; }, [&](int t) {
+    each_token(me, [&](int t) {
         norm(&x_[int64_t(t) * padded_], s.width, layer.feed_norm, s.eps, &normed_[int64_t(t) * padded_]);
         prepare(&normed_[int64_t(t) * padded_], feed_in_.rows, t);
     });
@@ -425,7 +424,7 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
         hidden_task(w, units(w, 0, part), units(w, 0, next_task(part)), feed_in_.rows, every_.data(), pass_.tokens, hidden_in_.rows, 0, scratch_[me.thread()]);
     });
     if (layer.router.data) {
-        me.parallel([this] { return pass_.tokens; }, [&](int t) { route(layer, t); });
+        each_token(me, [&](int t) { route(layer, t); });
         me.once([&] { group_by_expert(); });
         me.parallel([&] { return int(busy_.size()) * runs(layer.experts_gate_up); }, [&](int i) {
             const Matrix& w = layer.experts_gate_up;

@@ -183,6 +183,15 @@ class Network {
     void route(const Layer& layer, int token);
     void group_by_expert();
 
+    // f(token), for all of the pass: of many tokens some at a time.
+    template <class F>
+    void each_token(Worker& me, F f) {
+        auto some = [this] { return std::clamp(pass_.tokens / 8, 1, 4); };
+        me.parallel([&] { return (pass_.tokens + some() - 1) / some(); }, [&](int i) {
+            for (int t = i * some(); t < std::min(pass_.tokens, (i + 1) * some()); ++t) f(t);
+        });
+    }
+
     static void norm(const float* x, int64_t width, const float* weight, float eps, float* out);
     void rotate(float* x, int position) const;
     // Products with all tiles [first, last) of a copy; rows are row_list[0..count) of `in`; emit(i, column, values).
@@ -207,9 +216,11 @@ class Network {
     void hidden_task(const Matrix& w, Units units, Units next, const Rows& in, const int64_t* row_list, int count, const Rows& out, int64_t out_first,
                      Scratch& scratch);
     // Tiles of one task: enough to stream (a start costs as much as some kilobytes), as many as are read side by side where the
-    // matrix has enough of them, and few enough to share out evenly.
+    // matrix has enough of them, and few enough to share out evenly: with many rows a tile is more work.
     int run_length(const Matrix& w) const {
-        const int least = w.data ? std::max<int64_t>(1, (64 << 10) / tile_bytes(w.kind, w.inputs)) * 2 : 1;
+        if (!w.data) return 1;
+        const int rows = std::max(1, pass_.tokens / 4);
+        const int least = std::max(2, int((64 << 10) / (rows * tile_bytes(w.kind, w.inputs))) * (rows == 1 ? 2 : 1));
         return least < STREAMS && w.tiles() * w.copies >= 8 * STREAMS * pool_.threads() ? STREAMS : least;
     }
     int tasks(const Matrix& w) const { return w.data ? (w.tiles() + run_length(w) - 1) / run_length(w) * w.copies : 0; }

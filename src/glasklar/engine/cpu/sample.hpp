@@ -14,9 +14,15 @@ struct Choice {
 class Distribution {
    public:
     Distribution(const float* logits, int count, float temperature) : logits_(logits), count_(count), inverse_(1 / temperature) {
-        top_ = -INFINITY;
-        for (int i = 0; i < count; ++i)
-            if (logits[i] > top_) top_ = logits[i], best_ = i;
+        alignas(64) float tops[NEAR];
+        Near top = spread_as<Near>(-INFINITY);
+        int whole = 0;
+        for (; whole + NEAR <= count; whole += NEAR) top = larger(top, near_at(logits + whole));  // NaN is never the larger one
+        put(tops, top);
+        top_ = *std::max_element(tops, tops + NEAR);
+        for (; whole < count; ++whole) top_ = std::max(top_, logits[whole]);
+        if (top_ > -INFINITY)
+            while (logits[best_] != top_) ++best_;
         for (int i = 0; i < count; i += LANES) total_ += block(i);
     }
     int best() const { return best_; }
@@ -31,7 +37,8 @@ class Distribution {
             if (before + here > threshold) break;
             before += here;
         }
-        Floats p = weights(i);
+        float p[LANES];
+        weights(i, p);
         int last = best_;
         for (int j = 0; j < LANES && i + j < count_; ++j) {
             if (p[j] > 0) last = i + j;
@@ -42,14 +49,17 @@ class Distribution {
     }
 
    private:
-    Floats weights(int i) const {
-        Floats v = spread(-INFINITY);
-        if (i + LANES <= count_) v = load(logits_ + i);
-        else
-            for (int j = 0; i + j < count_; ++j) v[j] = logits_[i + j];
-        return exp((v - top_) * inverse_);
+    void weights(int i, float* to) const {
+        float padded[LANES];
+        const float* from = logits_ + i;
+        if (i + LANES > count_) std::fill(std::copy(from, logits_ + count_, padded), padded + LANES, -INFINITY), from = padded;
+        for (int j = 0; j < LANES; j += NEAR) put(to + j, exp((near_at(from + j) - top_) * inverse_));
     }
-    double block(int i) const { return sum(weights(i)); }
+    double block(int i) const {
+        alignas(64) float p[LANES];
+        weights(i, p);
+        return sum_at(p);
+    }
 
     const float* logits_;
     int count_, best_ = 0;
