@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "attention.hpp"
-#include "matrix.hpp"
+#include "product.hpp"
 #include "pool.hpp"
 #include "sample.hpp"
 
