@@ -209,13 +209,19 @@ inline float store_fixed(const float* x, int width, int16_t* to, int step) {
 // the core's places for lines on their way, and what is near would wait for one as well.
 struct Ahead {
     const uint8_t* const* row;
-    int rows, bytes, at, share;  // a share: lines to ask for while LANES rows meet one block of heads
+    int rows, bytes, share;  // rows still to come; a share: lines to ask for while LANES rows meet one block of heads
+    const uint8_t *at = nullptr, *end = nullptr;
 
     void ask(int parts) {  // one of so many of a share
-        for (int lines = (share + parts - 1) / parts; lines > 0 && rows > 0; --lines) {
-            __builtin_prefetch(*row + at);
-            if ((at += 64) >= bytes) at = 0, ++row, --rows;
+        const uint8_t *line = at, *stop = end;
+        for (int left = (share + parts - 1) / parts; left > 0; --left, line += 64) {
+            if (line >= stop) {
+                if (rows == 0) break;
+                line = *row++, stop = line + bytes, --rows;
+            }
+            __builtin_prefetch(line);
         }
+        at = line, end = stop;
     }
 };
 
@@ -605,7 +611,7 @@ class FixedSpan {
     template <class T>
     void ask_after(const T* const* rows, int to, int end, int slots) {
         const int count = std::min(LANES, end - to), bytes = int(sizeof(T)) * std::max(widths_.key, widths_.value_at + widths_.value);
-        ahead_ = {reinterpret_cast<const uint8_t* const*>(rows) + to, count, bytes, 0, (count * ((bytes + 63) / 64) + slots - 1) / slots};
+        ahead_ = {reinterpret_cast<const uint8_t* const*>(rows) + to, count, bytes, (count * ((bytes + 63) / 64) + slots - 1) / slots};
     }
     void take_part(const Short* const* rows, int from, int to, int part, const int16_t** blocks, float* scales) const {
         const int first = from / LANES * LANES;
