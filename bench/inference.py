@@ -128,7 +128,7 @@ def reader() -> ctypes.CDLL:
 
 def product_rate() -> float:
     """Operations a second of a large product, in whichever of three types torch's libraries are fastest (on some CPUs
-    the others take a hundred times as long: a small product settles which)."""
+    others take a hundred times as long: those that a small product shows are left out)."""
 
     def ways(rows: int) -> list[Callable[[], object]]:
         left, right = torch.ones(rows, 2048), torch.ones(2048, 4096)
@@ -136,9 +136,9 @@ def product_rate() -> float:
         products = [functools.partial(torch.matmul, left.to(kind), right.to(kind)) for kind in types]
         return [*products, functools.partial(torch._int_mm, left.to(torch.int8), right.to(torch.int8))]
 
-    seconds = [min(_timed(way) for _ in range(2)) for way in ways(32)]
-    fastest = ways(1024)[seconds.index(min(seconds))]
-    return 2 * 1024 * 2048 * 4096 / min(_timed(fastest) for _ in range(4))
+    small = [min(_timed(way) for _ in range(2)) for way in ways(32)]
+    hopeful = [way for way, seconds in zip(ways(1024), small, strict=True) if seconds < 4 * min(small)]
+    return 2 * 1024 * 2048 * 4096 / min(_timed(way) for way in hopeful for _ in range(4))
 
 
 def _timed(call: Callable[[], object]) -> float:

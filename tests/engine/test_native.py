@@ -260,6 +260,26 @@ def test_products_of_odd_shapes(build: str, kind: str, rounding: float, most: fl
         assert (y[:, :outputs] - exact).abs().max() <= 2e-6 * max(1.0, float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_products_of_the_largest_values_stay_within_their_integers(build: str, kind: str) -> None:
+    compiled = library.load(build)
+    assert compiled is not None
+    weight = torch.full((32, 64), 7.0)
+    weight[:, ::32] = -8.0 if kind == "int4" else -7.0  # four bits hold -8 to 7
+    weight[16:] *= -1
+    x = torch.ones(5, 64)
+    x[1], x[2, ::2], x[3, 1::4], x[4, :32] = -1, -1, -1, -1
+    packed = Packer(compiled, KINDS[kind], 1).matrix(weight)
+    matrix = packed.struct()
+    seen, y = torch.empty_like(weight), torch.empty(5, 32)
+    compiled.glasklar_unpack(ctypes.byref(matrix), 0, seen.data_ptr())
+    compiled.glasklar_multiply(ctypes.byref(matrix), 0, False, x.data_ptr(), 5, y.data_ptr())
+    exact = as_multiplied(x, kind).double() @ seen.double().T
+    assert (y - exact).abs().max() <= 2e-6 * exact.abs().max()
+    assert exact.abs().max() > 60 * 7 * 0.9
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_the_same_bits_for_any_number_of_rows_in_every_build(kind: str) -> None:
     torch.manual_seed(1)

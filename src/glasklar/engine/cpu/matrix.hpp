@@ -38,7 +38,7 @@ struct Matrix {
     }
 };
 
-// A group of activations, as integer weights meet it.
+// A group of activations, as int4 weights meet it, and int8 ones but with AVX2.
 struct Eights {
     int8_t values[GROUP];
     float scale;
@@ -58,7 +58,7 @@ typedef Eights Sixteens;
 constexpr bool EIGHTS_FOR_INT8 = true;
 #endif
 
-// Activation rows as a kind of matrix wants them: floats, bf16, or int8 by groups.
+// Activation rows as a kind of matrix wants them: floats, bf16, or int8 by groups (of 16 bits for int8 weights with AVX2).
 struct Rows {
     float* wide = nullptr;
     Narrow* narrow = nullptr;

@@ -63,14 +63,12 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
         for (int64_t t = 0; t < T; ++t) by_head_[h * T + t] = t * H + h;
     chosen_.resize(T * shape.active);
     weights_.resize(T * shape.active);
-    expert_rows_.resize(T * shape.active);
     expert_tokens_.resize(T * shape.active);
     expert_slots_.resize(T * shape.active);
     expert_start_.resize(shape.experts + 1);
     scratch_.resize(threads);
     for (Scratch& s : scratch_) {
         s.products.resize(64 * STREAMS * TILE);
-        s.row.resize(round_up(std::max(padded_, mixed_width()), GROUP));
         s.scores.resize(SLOTS * SPAN * HEADS / LANES);
         s.values.resize((SLOTS + 1) * HEADS * round_up(mixed_width(), GROUP));
         const Widths w = shape.cache == INT8_CACHE ? widths<Small>() : shape.cache == FLOAT_CACHE ? widths<float>() : widths<Short>();
@@ -563,8 +561,8 @@ void Network::output(Worker& me, bool drafting) {
         norm(&x_[int64_t(pass_.output_tokens[i]) * padded_], shape_.width, weight, shape_.eps, row);
         prepare(row, head_in_.rows, i);
     });
-    me.parallel([&] { return pass_.outputs ? tasks(head_) : 0; }, [&](int i) {
-        const int run = run_length(head_), first = i * run;
+    me.parallel([&] { return pass_.outputs ? tasks(head_, pass_.outputs) : 0; }, [&](int i) {
+        const int run = run_length(head_, pass_.outputs), first = i * run;
         tiles(head_, 0, first, std::min(first + run, head_.tiles()), head_in_.rows, every_.data(), pass_.outputs,
               [&](int r, int column, Floats v) { store(pass_.logits + int64_t(r) * padded_vocabulary() + column, v); }, head_.tile(0, next_task(i) * run));
     });

@@ -135,7 +135,7 @@ class Network {
 
    private:
     struct Scratch {
-        Buffer<float> products, row, values;
+        Buffer<float> products, values;
         Buffer<Line> queries;  // of SLOTS blocks of heads
         Buffer<Floats> scores;
         FloatSpan floats;
@@ -186,7 +186,7 @@ class Network {
     // f(token), for all of the pass: of many tokens some at a time.
     template <class F>
     void each_token(Worker& me, F f) {
-        auto some = [this] { return std::clamp(pass_.tokens / 8, 1, 4); };
+        auto some = [this] { return std::clamp(pass_.tokens / (4 * pool_.threads()), 1, 4); };
         me.parallel([&] { return (pass_.tokens + some() - 1) / some(); }, [&](int i) {
             for (int t = i * some(); t < std::min(pass_.tokens, (i + 1) * some()); ++t) f(t);
         });
@@ -215,15 +215,17 @@ class Network {
     };
     void hidden_task(const Matrix& w, Units units, Units next, const Rows& in, const int64_t* row_list, int count, const Rows& out, int64_t out_first,
                      Scratch& scratch);
-    // Tiles of one task: enough to stream (a start costs as much as some kilobytes), as many as are read side by side where the
-    // matrix has enough of them, and few enough to share out evenly: with many rows a tile is more work.
-    int run_length(const Matrix& w) const {
+    // Tiles of one task where `rows` meet the matrix: enough to stream (a start costs as much as some kilobytes), as many as are read
+    // side by side where the matrix has enough of them, and few enough to share out evenly: with many rows a tile is more work.
+    int run_length(const Matrix& w, int rows) const {
         if (!w.data) return 1;
-        const int rows = std::max(1, pass_.tokens / 4);
-        const int least = std::max(2, int((64 << 10) / (rows * tile_bytes(w.kind, w.inputs))) * (rows == 1 ? 2 : 1));
+        const int64_t work = std::max(1, rows / 4) * tile_bytes(w.kind, w.inputs);
+        const int least = std::max(rows < 8 ? 2 : TASK_TILES, int((64 << 10) / work) * (rows < 8 ? 2 : 1));
         return least < STREAMS && w.tiles() * w.copies >= 8 * STREAMS * pool_.threads() ? STREAMS : least;
     }
-    int tasks(const Matrix& w) const { return w.data ? (w.tiles() + run_length(w) - 1) / run_length(w) * w.copies : 0; }
+    int run_length(const Matrix& w) const { return run_length(w, pass_.tokens); }
+    int tasks(const Matrix& w, int rows) const { return w.data ? (w.tiles() + run_length(w, rows) - 1) / run_length(w, rows) * w.copies : 0; }
+    int tasks(const Matrix& w) const { return tasks(w, pass_.tokens); }
     // What a thread that takes task `i` will probably take next, the others taking theirs meanwhile.
     int next_task(int i) const { return i + pool_.threads(); }
 
@@ -250,7 +252,7 @@ class Network {
     static constexpr int TOKENS = 8, SLOTS = 16;
     Buffer<Query> queries_;
     Prepared join_in_, in_, q_in_, nope_in_, mixed_in_, out_in_, feed_in_, hidden_in_, expert_in_, head_in_;
-    Buffer<int64_t> every_, by_head_, expert_rows_, expert_tokens_, expert_slots_;
+    Buffer<int64_t> every_, by_head_, expert_tokens_, expert_slots_;
     Buffer<int32_t> chosen_, expert_start_, busy_;
     Buffer<float> weights_;
     std::vector<Scratch> scratch_;

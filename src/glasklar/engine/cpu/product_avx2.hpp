@@ -1,11 +1,9 @@
 // Products with AVX2: a register has the lanes of half a tile.
-#pragma once
-
-#include "product.hpp"
+#pragma once  // by product.hpp
 
 namespace glasklar {
 
-constexpr int MOST_ROWS = 4;
+constexpr int MOST_ROWS = 4, TASK_TILES = 2;  // as in product_lanes.hpp
 
 // sums[half] of a tile, with M rows: even and odd steps of floats are summed apart, as everywhere.
 template <int KIND, int M>

@@ -1,24 +1,25 @@
 // Products in vectors of 16 floats: AVX-512, and plain C++.
-#pragma once
-
-#include "product.hpp"
+#pragma once  // by product.hpp
 
 namespace glasklar {
 
+// Rows of activations that a product takes at most, tiles that a task has at least where many rows meet them, and tiles that some
+// rows meet at once. An AVX-512 core does two products a cycle
+// and little more than one load: an activation is loaded for all tiles and a weight for all rows, and their sums fill the registers.
+#if defined(__AVX512F__)
+constexpr int MOST_ROWS = 8, TASK_TILES = STREAMS;
+constexpr int tiles_at_once(int kind, int rows) { return rows > (kind < INT8 ? 5 : 6) ? 3 : 4; }
+#else
+constexpr int MOST_ROWS = 4, TASK_TILES = 2;
+constexpr int tiles_at_once(int, int) { return 1; }
+#endif
+
+#if defined(__AVX512VNNI__)
 inline uint32_t four_bytes(const int8_t* p) {
     uint32_t w;
     std::memcpy(&w, p, 4);
     return w;
 }
-
-// Rows of activations that a product takes at most, and tiles that some rows meet at once. An AVX-512 core does two products a cycle
-// and little more than one load: an activation is loaded for all tiles and a weight for all rows, and their sums fill the registers.
-#if defined(__AVX512F__)
-constexpr int MOST_ROWS = 8;
-constexpr int tiles_at_once(int kind, int rows) { return rows > (kind < INT8 ? 5 : 6) ? 3 : 4; }
-#else
-constexpr int MOST_ROWS = 4;
-constexpr int tiles_at_once(int, int) { return 1; }
 #endif
 
 // Products of M rows with a group of T tiles.
