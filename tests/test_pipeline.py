@@ -92,7 +92,10 @@ def test_killed_at_random_moments_of_all_stages_it_ends_in_the_same_weights(smok
 def test_stopped_by_the_keyboard_it_says_how_to_go_on(smoke_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "glasklar.cli", "train", str(SMOKE), "--run", str(run)]
+    # Shells start what runs in the background deaf to the keyboard, and so would be what the tests start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while _progress(run) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
