@@ -17,13 +17,14 @@ namespace glasklar {
 
 enum Kind { FLOAT = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 constexpr int GROUP = 32, TILE = LANES;
+
 inline int offset_of(int kind) { return kind == INT8 ? 128 : 8; }
-// Bytes of one tile over `inputs` inputs (rounded up to whole groups).
-inline int64_t tile_bytes(int kind, int inputs) {
-    int64_t groups = round_up(inputs, GROUP) / GROUP;
-    constexpr int64_t by_kind[] = {TILE * GROUP * 4, TILE * GROUP * 2, TILE * GROUP + 2 * TILE, TILE * GROUP / 2 + 2 * TILE};
-    return groups * by_kind[kind];
+// Bytes of a group of one tile; of one tile over `inputs` inputs (rounded up to whole groups).
+constexpr int group_bytes(int kind) {
+    constexpr int by_kind[] = {TILE * GROUP * 4, TILE * GROUP * 2, TILE * GROUP + 2 * TILE, TILE * GROUP / 2 + 2 * TILE};
+    return by_kind[kind];
 }
+inline int64_t tile_bytes(int kind, int inputs) { return int64_t(round_up(inputs, GROUP) / GROUP) * group_bytes(kind); }
 
 struct Matrix {
     const uint8_t* data;  // null: absent

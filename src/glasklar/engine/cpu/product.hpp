@@ -16,11 +16,9 @@ constexpr int AHEAD = 2048;
 constexpr int AHEAD = 512;
 #endif
 
-// Bytes of a group of a tile, and how many groups before its use it is asked for.
+// How many groups before its use one is asked for.
 template <int KIND>
-constexpr int GROUP_BYTES = KIND == INT4 ? 288 : KIND == INT8 ? 544 : KIND == BF16 ? 1024 : 2048;
-template <int KIND>
-constexpr int EARLY = (AHEAD + GROUP_BYTES<KIND> - 1) / GROUP_BYTES<KIND>;
+constexpr int EARLY = (AHEAD + group_bytes(KIND) - 1) / group_bytes(KIND);
 
 // A row of activations as weights of a kind meet it: values, or groups.
 template <int KIND>
@@ -60,10 +58,9 @@ typedef void (*MultiplyRows)(const Tiles& tiles, bool far, int groups, const Row
 // others repeated.
 template <int KIND>
 inline MultiplyRows choose_product(int left, int& rows) {
-    constexpr int MOST = MOST_ROWS;
     // Of some rows more than one call takes, each takes half.
-    rows = left <= MOST || left > 3 * MOST / 2 ? std::min(left, MOST) : (left + 1) / 2;
-    if constexpr (MOST == 8) {
+    rows = left <= MOST_ROWS || left > 3 * MOST_ROWS / 2 ? std::min(left, MOST_ROWS) : (left + 1) / 2;
+    if constexpr (MOST_ROWS == 8) {
         if (rows > 6) {
             rows = 8;
             return multiply_rows<KIND, 8>;

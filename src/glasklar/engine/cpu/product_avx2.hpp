@@ -9,7 +9,7 @@ constexpr int MOST_ROWS = 4, TASK_TILES = 2;  // as in product_lanes.hpp
 template <int KIND, int M>
 class Product {
    public:
-    static constexpr int SIZE = GROUP_BYTES<KIND>, SUMS = KIND < INT8 ? 2 * M : M;
+    static constexpr int SIZE = group_bytes(KIND), SUMS = KIND < INT8 ? 2 * M : M;
 
     Product(const Rows& a, const int64_t* rows) {
         for (int m = 0; m < M; ++m) rows_[m] = row_of<KIND>(a, rows[m]);

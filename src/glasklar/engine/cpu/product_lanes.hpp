@@ -4,8 +4,8 @@
 namespace glasklar {
 
 // Rows of activations that a product takes at most, tiles that a task has at least where many rows meet them, and tiles that some
-// rows meet at once. An AVX-512 core does two products a cycle
-// and little more than one load: an activation is loaded for all tiles and a weight for all rows, and their sums fill the registers.
+// rows meet at once. An AVX-512 core does two products a cycle and little more than one load: an activation is loaded for all tiles and
+// a weight for all rows, and their sums fill the registers.
 #if defined(__AVX512F__)
 constexpr int MOST_ROWS = 8, TASK_TILES = STREAMS;
 constexpr int tiles_at_once(int kind, int rows) { return rows > (kind < INT8 ? 5 : 6) ? 3 : 4; }
@@ -26,7 +26,7 @@ inline uint32_t four_bytes(const int8_t* p) {
 template <int KIND, int M>
 class Product {
    public:
-    static constexpr int SIZE = GROUP_BYTES<KIND>, LATER = EARLY<KIND> * SIZE;
+    static constexpr int SIZE = group_bytes(KIND), LATER = EARLY<KIND> * SIZE;
     // Even and odd steps of floats are summed apart: two chains hide the latency when there are few rows.
     static constexpr int SUMS = KIND < INT8 ? 2 * M : M;
 
