@@ -18,6 +18,7 @@ from glasklar.engine.cpu.library import CACHES, CacheKind
 from glasklar.engine.packed import PackedModel, Quantisation, load_packed
 from glasklar.engine.packed_file import kept_packed
 from glasklar.engine.paged_runner import logits_of
+from glasklar.engine.request import check_ids
 from glasklar.errors import CheckpointError, RequestError
 from glasklar.hub import RECORD, folder_of, is_id
 from glasklar.model.attention import document_mask
@@ -82,12 +83,18 @@ class Model(ModelFolder):
 
     @torch.inference_mode()
     def logits(self, ids: Tensor | list[int]) -> Tensor:
-        """Logits [B, T, W] (or [T, W] for one sequence) in fp32; no padding, positions from 0."""
+        """Logits [B, T, W] (or [T, W] for one sequence) in fp32; no padding, positions from 0.
+
+        Raises RequestError for an empty sequence and for ids outside the vocabulary.
+        """
+        wanted = torch.as_tensor(ids)
+        if not wanted.numel():
+            raise RequestError("logits of no tokens; give at least one")
+        check_ids(wanted.flatten().tolist(), self.network.config)
         if isinstance(self.network, PackedModel):
-            wanted = torch.as_tensor(ids)
             rows = [logits_of(self.network, row.tolist()) for row in (wanted if wanted.ndim > 1 else [wanted])]
             return torch.stack(rows) if wanted.ndim > 1 else rows[0]
-        ids_BT = torch.as_tensor(ids, device=self.network.head_WD.device)
+        ids_BT = wanted.to(self.network.head_WD.device)
         single = ids_BT.ndim == 1
         ids_BT = ids_BT[None] if single else ids_BT
         position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)

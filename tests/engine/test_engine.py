@@ -45,7 +45,7 @@ def model(request: pytest.FixtureRequest) -> Transformer:
 def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs over both kinds of passes."""
     if request.param == "torch":
-        monkeypatch.setattr("glasklar.engine.engine.runs_native", lambda model: False)
+        monkeypatch.setattr("glasklar.engine.engine.lacking", lambda model: "a test lacks them")
     elif library.best() is None:
         pytest.skip("the C++ pass is not compiled here")
     return request.param
@@ -300,6 +300,46 @@ def test_statistics_count_tokens(model: Transformer) -> None:
     engine = Engine(model)
     engine.generate([[1] * 5, [2] * 7], SamplingParams(max_tokens=4))
     assert (engine.stats.prompt_tokens, engine.stats.tokens, engine.stats.steps) == (12, 8, 3)
+
+
+def test_the_only_answer_may_give_way_to_a_prompt_that_is_being_read(
+    model: Transformer, passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if passes == "torch":
+        pytest.skip("slots know no pieces")
+    monkeypatch.setattr("glasklar.engine.paged.AHEAD", 1)
+    params = SamplingParams(max_tokens=20, temperature=0.0)
+    for length in range(50, 66):
+        engine = Engine(model, max_tokens=96, chunk_tokens=4, draft_tokens=0)
+        asked = [(prompts(1, seed=5)[0] * 40)[:length], prompts(1, longest=9)[0]]
+        ids = [engine.add(prompt, params) for prompt in asked]
+        events = []
+        while engine.has_work:
+            events += engine.step()
+        for request, prompt in zip(ids, asked, strict=True):
+            assert [e.token for e in events if e.request == request] == oracle(model, prompt, params)
+
+
+@pytest.mark.parametrize("name", ["max_slots", "max_tokens", "prefill_tokens", "chunk_tokens", "draft_tokens"])
+def test_settings_out_of_bounds_are_refused(model: Transformer, name: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} = -5: must be"):
+        Engine(model, **{name: -5})
+
+
+def test_settings_that_passes_do_not_have_are_refused(
+    model: Transformer, passes: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for setting in ({"chunk_tokens": 8}, {"draft_tokens": 2}, {"cache": "int8"}):
+        with pytest.raises(RequestError, match=r"only passes of our own.* or `native`"):
+            Engine(model, native=False, **setting)
+    Engine(model, native=False, draft_tokens=0)
+    assert not caplog.records
+    half = make(CONFIGS["gqa"], dtype=torch.float16)
+    if passes == "C++":
+        with pytest.raises(RequestError, match=r"native = True: .*not in torch.float16: load them so"):
+            Engine(half, native=True)
+    Engine(half)
+    assert "PyTorch makes the passes" in caplog.text
 
 
 def test_a_long_prompt_for_which_memory_lacks_fails_alone(

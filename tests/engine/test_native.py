@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,16 @@ SHAPES = {
         "moe_intermediate_size": 33,
         "scoring_func": "softmax",
         "swiglu_limit": 0.4,
+    },
+    "more experts than heads": {**MLA, "num_attention_heads": 2, "n_routed_experts": 16, "num_experts_per_tok": 8},
+    "wide heads": {**MLA, "num_hidden_layers": 1, "num_attention_heads": 2, "qk_nope_head_dim": 1500},
+    "thousands of experts": {
+        **MLA,
+        "num_hidden_layers": 2,
+        "n_routed_experts": 5000,
+        "n_group": 2500,
+        "topk_group": 20,
+        "moe_intermediate_size": 8,
     },
     "gqa, experts": {**GQA, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 33},
 }
@@ -127,6 +138,17 @@ def test_float_logits_are_those_of_the_network(shape: str) -> None:
         at = model.at(torch.arange(len(prompt))[None], document_mask(torch.zeros_like(ids_BT), torch.float32))
         wanted = model.logits(model(ids_BT, at).hidden_BTD)[0].numpy()
         assert np.abs(logits - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.skipif(
+    Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "1",
+    reason="this system promises any memory",
+)
+def test_what_the_system_cannot_give_is_an_error() -> None:
+    model = network("mla")
+    made = native(model, BUILDS[0])
+    with pytest.raises(CapacityError, match="1073741824 tokens by 2 threads"):
+        NativeNetwork(made.library, made.model, threads=2, max_tokens=1 << 30)
 
 
 @pytest.mark.parametrize(("cache", "most"), [("int16", 0.001), ("int8", 0.03)])

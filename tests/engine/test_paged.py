@@ -92,8 +92,11 @@ def test_forgetting_leaves_running_rows_their_pages() -> None:
 def test_room_counts_a_page_that_each_request_leaves_half_empty() -> None:
     room = PageRoom(max_slots=8, max_tokens=10 * PAGE)
     pages = cache(10 * PAGE)
-    for lengths in ((1,) * 8, (17, 17, 33), (PAGE,) * 7, (150,), (81, 79)):
-        if room.fits(len(lengths), max(lengths), sum(lengths)):
+    for lengths, fits in (
+        ((1,) * 8, True), ((17, 17, 33), True), ((PAGE,) * 4, True), ((PAGE,) * 6, False), ((150,), True), ((81, 79), False),
+    ):  # fmt: skip
+        assert room.fits(len(lengths), max(lengths), sum(lengths)) == fits, lengths
+        if fits:
             for row, length in enumerate(lengths):
                 pages.begin(row, [1] * length)
                 pages.reach(row, length)

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glasklar.convert.export import convert
+from glasklar.engine.cpu import library
 from glasklar.engine.engine import Engine
-from glasklar.engine.paged_runner import runs_native
+from glasklar.engine.packed import KINDS, Packer, pack
 from glasklar.engine.request import SamplingParams
-from glasklar.errors import CheckpointError
+from glasklar.errors import CheckpointError, RequestError
 from glasklar.loading import load
 from glasklar.model import quantised
 from glasklar.model.checkpoint import hf_tensors, load_model, save_model
@@ -162,15 +163,13 @@ def test_quantised_while_loading_is_quantised_afterwards(make, quantize: str, tm
     """Packed while it is read and packed from the whole network in memory: the same bits."""
     folder = make(tmp_path / "m")
     whole = load_model(folder, dtype=torch.float32, ops=REFERENCE, device="cpu").requires_grad_(False)
-    if not runs_native(whole):
+    if (compiled := library.best()) is None:
         pytest.skip("the C++ pass is not compiled")
-    from glasklar.engine.paged_runner import PagedRunner
-
     told: list[tuple[int, int]] = []
     streamed = load(folder, Runtime(), quantize=quantize, progress=lambda done, total: told.append((done, total)))
     assert told == sorted(told)
     assert told[-1][0] == told[-1][1] > 0
-    wanted = PagedRunner(whole, max_slots=1, max_tokens=64, quantise=quantize, draft=True).network.model
+    wanted = pack(whole.config, whole.state_dict().__getitem__, Packer(compiled, KINDS[quantize], 2), draft=True)
     found = dict(streamed.network.tensors())
     assert found.keys() == dict(wanted.tensors()).keys()
     assert all(torch.equal(found[name].to(tensor.dtype), tensor) for name, tensor in wanted.tensors())
@@ -179,6 +178,13 @@ def test_quantised_while_loading_is_quantised_afterwards(make, quantize: str, tm
     assert row[2:-1].argmax(-1).tolist() == answer.ids
     with pytest.raises(Exception, match="load it without quantize"):
         _ = streamed.transformer
+    for ids, message in (
+        ([1, -3], "token id -3"),
+        ([whole.config.vocab_size], "vocabulary has ids 0 to"),
+        ([], "no tokens"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            streamed.logits(ids)
 
 
 def test_fp32_numbers_packed_while_loading_give_the_network_s_logits(tmp_path: Path) -> None:

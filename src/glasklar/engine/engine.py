@@ -12,6 +12,7 @@ Whoever changes a model's weights in place (RL) calls `refresh` before the next 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,14 +28,16 @@ from glasklar.engine.draft import DRAFT_ROWS, PLAIN, Drafter
 from glasklar.engine.guide import Guide
 from glasklar.engine.packed import PackedModel
 from glasklar.engine.paged import PageRoom
-from glasklar.engine.paged_runner import PagedRunner, runs_native
-from glasklar.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent
+from glasklar.engine.paged_runner import PagedRunner, lacking
+from glasklar.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent, check_ids
 from glasklar.engine.runner import Result, Runner
 from glasklar.engine.sampler import Alternatives, Sampled, SpecialRow, sample, uniform
 from glasklar.engine.scheduler import Room, Scheduler, SlotRoom
 from glasklar.engine.spill import SpillConfig
 from glasklar.errors import CapacityError, GlasklarError, RequestError
 from glasklar.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 # Longest that running answers wait for prompts in a step, and the shortest piece of a prompt that is worth a pass.
 STALL_SECONDS, SHORTEST_PIECE = 0.5, 64
@@ -78,13 +81,17 @@ class Engine:
     prefill_tokens   prompt tokens taken up in one step
     chunk_tokens     a longer prompt is read in pieces of so many tokens, one in a step; while answers run, in pieces
                      that hold them up for half a second at most; None: as many as a pass takes (passes of our own only)
-    draft_tokens     most tokens guessed ahead for a request, while few run and it gains; 0: none (passes of our own
-                     only)
+    draft_tokens     most tokens guessed ahead for a request, while few run and it gains; 0: none; None: 4, with passes
+                     of PyTorch none (they cannot)
     cache            what the cache holds of a token: "int16", "float32", or "int8", which takes half the memory of
                      int16; None: float32 if the weights are, else int16 (C++ passes only)
     spill            where on disk to keep beginnings of texts that memory has no room for, also for the next start
                      (passes of our own only)
-    native           True: passes of our own, False: of PyTorch; None: our own where that is possible
+    native           True: passes of our own, False: of PyTorch; None: our own where that is possible, else a warning
+                     is logged
+
+    Raises RequestError for a setting that is out of bounds or that these passes do not have, CapacityError where memory
+    or threads do not suffice.
     """
 
     def __init__(
@@ -95,19 +102,30 @@ class Engine:
         max_tokens: int = 1 << 17,
         prefill_tokens: int = 1 << 13,
         chunk_tokens: int | None = None,
-        draft_tokens: int = 4,
+        draft_tokens: int | None = None,
         cache: CacheKind | None = None,
         spill: SpillConfig | None = None,
         native: bool | None = None,
     ) -> None:
         self.model, self.config = model, model.config
-        if native is None:
-            native = runs_native(model)
+        lack = lacking(model)
+        if native is None and lack is not None:
+            log.warning("%s; PyTorch makes the passes, slower", lack)
+        native = lack is None if native is None else native
         if cache not in (None, *CACHES):
             raise RequestError(f"cache = {cache!r}: use one of {', '.join(CACHES)}")
+        for name, value, least in (
+            ("max_slots", max_slots, 1), ("max_tokens", max_tokens, 1), ("prefill_tokens", prefill_tokens, 1),
+            ("chunk_tokens", chunk_tokens, 1), ("draft_tokens", draft_tokens, 0),
+        ):  # fmt: skip
+            if value is not None and value < least:
+                raise RequestError(f"{name} = {value}: must be {least} or more")
         self.room: Room
         self.runner: Runner | PagedRunner
         if native:
+            if lack is not None:
+                raise RequestError(f"native = True: {lack}; leave `native` out")
+            draft_tokens = 4 if draft_tokens is None else draft_tokens
             self.room = PageRoom(max_slots=max_slots, max_tokens=max_tokens)
             self.runner = PagedRunner(
                 model, max_slots=max_slots, max_tokens=max_tokens, chunk_tokens=chunk_tokens, draft=draft_tokens > 0,
@@ -118,10 +136,12 @@ class Engine:
                 raise RequestError(
                     "spill: only passes of our own keep pages; leave `spill` (serve --cache-disk) out, or `native`"
                 )
-            if cache is not None:
-                raise RequestError(
-                    f"cache = {cache!r}: only passes of our own have a choice; leave `cache` out, or `native`"
-                )
+            own = {"cache": cache, "chunk_tokens": chunk_tokens, "draft_tokens": draft_tokens or None}
+            for name, chosen in own.items():
+                if chosen is not None:
+                    raise RequestError(
+                        f"{name} = {chosen!r}: only passes of our own have it; leave `{name}` out, or `native`"
+                    )
             if not isinstance(model, Transformer):
                 raise RequestError("packed weights need the C++ pass; leave `native` out")
             weight = model.embed_tokens.weight
@@ -132,7 +152,7 @@ class Engine:
         self.chunk_tokens = self.runner.chunk_tokens if isinstance(self.runner, PagedRunner) else None
         chunk = self.chunk_tokens
         self.scheduler = Scheduler(self.room, prefill_tokens=prefill_tokens, chunk=chunk)
-        self.drafter = Drafter(self.runner, draft_tokens) if isinstance(self.runner, PagedRunner) else None
+        self.drafter = Drafter(self.runner, draft_tokens or 0) if isinstance(self.runner, PagedRunner) else None
         self._pace = 0.0  # prompt tokens a second, as lately measured
         self.rows = Rows()
         self.stats = Stats()
@@ -174,12 +194,10 @@ class Engine:
         return request.id
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
-        vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
+        context = self.config.max_position_embeddings
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
-        foreign = next((i for i in (*prompt, *params.logit_bias) if not 0 <= i < vocabulary), None)
-        if foreign is not None:
-            raise RequestError(f"token id {foreign}: the vocabulary has ids 0 to {vocabulary - 1}")
+        check_ids((*prompt, *params.logit_bias), self.config)
         if len(prompt) >= context:
             raise RequestError(
                 f"prompt of {len(prompt)} tokens: the model's context is {context} tokens, prompt and answer together"
@@ -356,7 +374,8 @@ class Engine:
         """A token for every row, or several where guesses hold."""
         begin, before = time.perf_counter(), self.stats.tokens
         self._with_room(lambda: self.runner.reserve(self._lengths()))
-        n = self.rows.n
+        if not (n := self.rows.n):  # the last one gave way to a prompt that is being read
+            return []
         way = PLAIN if self.drafter is None else self.drafter.way(n)
         guesses = self._guesses() if way != PLAIN else []
         made = self._pass(0, n, (lambda: self._verify(guesses)) if any(guesses) else self._decode)

@@ -13,13 +13,14 @@ from torch import Tensor
 from glasklar.engine.cpu.library import CACHES, VERSION, CacheKind, Draft, Embedding, Layer, Pass, Shape
 from glasklar.engine.packed import PackedLayer, PackedModel
 from glasklar.engine.paged import new_pages
+from glasklar.errors import CapacityError
 from glasklar.model.attention import LATENT_EPS, inverse_frequencies
 
 
 class NativeNetwork:
-    """One network ready for passes of up to `max_tokens` tokens over `pages` cache pages of `page` tokens.
+    """One network ready for passes of the build `library`, by `threads` threads, of up to `max_tokens` tokens over
+    cache pages of `page` tokens (a multiple of 16). Raises CapacityError where the system gives no memory or threads.
 
-    page    tokens of a cache page, a multiple of 16
     cache   what it holds: "int16", integers with a scale for a row, in the room of bf16; "int8", with a scale for a row
             and a shift for 32 values, half as large; "float32", then attention is computed in it as well, for exact
             comparisons
@@ -66,6 +67,11 @@ class NativeNetwork:
             ctypes.byref(model.head.struct()), draft, threads,
             (ctypes.c_int32 * threads)(*cores) if cores else None,
         )  # fmt: skip
+        if not self._handle:
+            raise CapacityError(
+                f"the system gives no memory or no threads for passes of {max_tokens} tokens by {threads} threads;"
+                " close other programs, or take fewer threads"
+            )
         self.cache_width = library.glasklar_row_bytes(self._handle) // self.cache_dtype.itemsize
         self.vocabulary = c.vocab_size
         self.padded_vocabulary = -(-c.vocab_size // 16) * 16
@@ -121,6 +127,9 @@ class NativeNetwork:
         Returns logits [O, W], the tokens drawn [O] and their log-probabilities [O].
         """
         count = len(outputs)
+        # C++ takes these as they are: what does not fit would be written beside its memory.
+        assert 0 < len(ids) == len(positions) == len(sequences) <= self.max_tokens
+        assert count == len(temperatures) == len(uniforms) <= self.max_tokens
         states = None if states is None else states.contiguous()
         self._reach(int(positions.max()) + 1)
         logits = np.empty((count, self.padded_vocabulary), np.float32)

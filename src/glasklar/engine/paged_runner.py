@@ -15,7 +15,7 @@ from glasklar.engine.cpu import library
 from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.cuda_network import CudaNetwork, kernels
 from glasklar.engine.native import NativeNetwork
-from glasklar.engine.packed import KINDS, PackedModel, Packer, Quantisation, pack
+from glasklar.engine.packed import KINDS, PackedModel, Packer, pack
 from glasklar.engine.paged import PAGE, PageCache, new_pages
 from glasklar.engine.runner import Result
 from glasklar.engine.sampler import uniform
@@ -31,17 +31,24 @@ PASS_TOKENS = 512
 
 def runs_native(model: Transformer | PackedModel) -> bool:
     """Whether passes of our own can run this network here, in fp32 or bf16: compiled C++, or Triton on a GPU."""
+    return lacking(model) is None
+
+
+def lacking(model: Transformer | PackedModel) -> str | None:
+    """What passes of our own lack here, and how to mend it; None where they can run this network."""
     if isinstance(model, PackedModel):
-        return True
+        return None
     weight = model.embed_tokens.weight
     if weight.dtype not in (torch.float32, torch.bfloat16):
-        return False
+        return f"the C++ and Triton passes take weights in float32 or bfloat16, not in {weight.dtype}: load them so"
     match weight.device.type:
-        case "cpu":
-            return library.best() is not None
-        case "cuda":
-            return kernels() is not None
-    return False
+        case "cpu" if library.best() is None:
+            return "the C++ pass is not compiled: install a compiler, then the package again (make setup)"
+        case "cuda" if kernels() is None:
+            return "passes of our own on a GPU need Triton: install it"
+        case "cpu" | "cuda":
+            return None
+    return f"there are no passes of our own on {weight.device}"
 
 
 def computed_by(network: Transformer | PackedModel, cache: CacheKind | None = None) -> dict[str, str]:
@@ -78,11 +85,16 @@ def logits_of(model: PackedModel, ids: Sequence[int]) -> torch.Tensor:
 
 
 class PagedRunner:
-    """Runs a network (packed here, and again at `refresh`) or weights that are packed already.
+    """Runs a network (packed here, and again at `refresh`) or weights that are packed already, where `runs_native`.
 
-    draft       with the model's module of multi-token prediction, if it has one
-    cache       what the cache holds (`NativeNetwork`); None: float32 for weights that are, else int16
-    following   whether passes are followed by the module, so that it can guess; it costs about one layer more
+    max_slots      rows at most
+    max_tokens     tokens that the cache has room for
+    chunk_tokens   of a long prompt so many are read at a time; None: as many as a pass takes
+    draft          with the model's module of multi-token prediction, if it has one
+    cache          what the cache holds (`NativeNetwork`); None: float32 for weights that are, else int16
+    spill          where on disk to keep pages that are given up
+
+    While `following` is set, passes are followed by the module, so that it can guess; it costs about one layer more.
     """
 
     def __init__(
@@ -92,7 +104,6 @@ class PagedRunner:
         max_slots: int,
         max_tokens: int,
         chunk_tokens: int | None = None,
-        quantise: Quantisation | None = None,
         draft: bool = False,
         cache: CacheKind | None = None,
         spill: SpillConfig | None = None,
@@ -101,11 +112,11 @@ class PagedRunner:
         self._filled: int | None = None  # tokens of it that were read, and how many of them the cache had
         self._known = 0
         self.threads = torch.get_num_threads()
-        self.model, self.quantise, self.draft_wanted, self.cache_kind = model, quantise, draft, cache
+        self.model, self.draft_wanted, self.cache_kind = model, draft, cache
         self.network = self._network()
         # Tokens of one pass.
         self.most = self.network.max_tokens
-        self.chunk_tokens = min(chunk_tokens or self.most, self.most)
+        self.chunk_tokens = self.most if chunk_tokens is None else min(chunk_tokens, self.most)
         dtype, device = self.network.cache_dtype, self.network.device
         self.cache = PageCache(
             model.config,
@@ -143,7 +154,7 @@ class PagedRunner:
         if isinstance(model, Transformer):
             dtype = str(model.dtype).removeprefix("torch.")
             parameters = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-            packer = Packer(compiled, KINDS[self.quantise or dtype], self.threads)
+            packer = Packer(compiled, KINDS[dtype], self.threads)
             model = pack(model.config, parameters.__getitem__, packer, draft=self.draft_wanted)
         cache = self.cache_kind or ("float32" if model.precision == "float32" else "int16")
         return NativeNetwork(
@@ -152,10 +163,9 @@ class PagedRunner:
         )  # fmt: skip
 
     def _network_on_gpu(self, model: Transformer) -> CudaNetwork:
-        if self.cache_kind is not None or self.quantise is not None:
+        if self.cache_kind is not None:
             raise RequestError(
-                f"cache = {self.cache_kind!r}, quantise = {self.quantise!r}: on a GPU, weights and cache are as the"
-                " model is loaded; leave them out"
+                f"cache = {self.cache_kind!r}: on a GPU the cache is as the model is loaded; leave `cache` out"
             )
         ops = kernels()
         assert ops is not None, "ask `runs_native` first"

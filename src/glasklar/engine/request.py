@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from glasklar.engine.guide import Guide
 from glasklar.errors import GlasklarError, RequestError
+from glasklar.model.config import ModelConfig
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 State = Literal["waiting", "running", "finished"]
+
+
+def check_ids(ids: Iterable[int], config: ModelConfig) -> None:
+    """Raises RequestError for an id outside the vocabulary."""
+    foreign = next((i for i in ids if not 0 <= i < config.vocab_size), None)
+    if foreign is not None:
+        raise RequestError(f"token id {foreign}: the vocabulary has ids 0 to {config.vocab_size - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,9 +42,6 @@ inline V spread_as(float x) {
     return v;
 }
 inline Floats load(const float* p) { return load_as<Floats>(p); }
-inline Floats load(const bf16* p) {
-    return reinterpret_cast<Floats>(__builtin_convertvector(load_as<Halves>(p), Words) << 16);
-}
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 // The first `count` of them; all, if there are more places.
 inline void store_first(float* p, Floats v, int64_t count) {
@@ -93,15 +90,6 @@ inline W rounded_of(V v) {
     return (v != v ? w | 0x400000u : w + odd + 0x7fffu) & 0xffff0000u;
 }
 inline Words rounded(Floats v) { return rounded_of<Floats, Words>(v); }
-inline void store(bf16* p, Floats v) {
-#if defined(__AVX512BF16__)
-    __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
-    std::memcpy(p, &h, sizeof h);
-#else
-    Halves h = __builtin_convertvector(rounded(v) >> 16, Halves);
-    std::memcpy(p, &h, sizeof h);
-#endif
-}
 
 // The sum of LANES values: pairwise, in a fixed order.
 inline float sum_at(const float* p) {
@@ -213,7 +201,10 @@ inline Floats add_products(Floats c, Floats a, Floats b) {
     return reinterpret_cast<Floats>(
         _mm512_dpbf16_ps(reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 }
-inline void store_narrow(Narrow* p, Floats v) { store(p, v); }
+inline void store_narrow(Narrow* p, Floats v) {
+    const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+    std::memcpy(p, &h, sizeof h);
+}
 #else
 constexpr int PAIR_STEPS = 2;
 typedef float Narrow;

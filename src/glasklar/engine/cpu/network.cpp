@@ -57,7 +57,7 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
     mixed_.resize(T * H * round_up(mixed_width(), GROUP));
     joined_.resize(T * round_up(H * shape.value, GROUP));
     router_.resize(T * round_up(std::max(shape.experts, 1), TILE));
-    for (int64_t i = 0; i < T * std::max<int64_t>(H, 1); ++i) every_.push_back(i);
+    for (int64_t i = 0; i < T * std::max<int64_t>({H, shape.active, 1}); ++i) every_.push_back(i);
     by_head_.resize(T * H);
     for (int64_t h = 0; h < H; ++h)
         for (int64_t t = 0; t < T; ++t) by_head_[h * T + t] = t * H + h;
@@ -69,6 +69,8 @@ Network::Network(const Shape& shape, const Layer* layers, const Embedding& embed
     scratch_.resize(threads);
     for (Scratch& s : scratch_) {
         s.products.resize(64 * STREAMS * TILE);
+        s.nope.resize(nope_in_.rows.width);
+        s.router.resize(shape.experts), s.ranked.resize(shape.experts), s.by_group.resize(shape.groups), s.kept.resize(shape.groups);
         s.scores.resize(SLOTS * SPAN * HEADS / LANES);
         s.values.resize((SLOTS + 1) * HEADS * round_up(mixed_width(), GROUP));
         const Widths w = shape.cache == INT8_CACHE ? widths<Small>() : shape.cache == FLOAT_CACHE ? widths<float>() : widths<Short>();
@@ -236,8 +238,8 @@ void Network::attention(Worker& me, const Layer& layer, int index) {
                 continue;
             }
             std::copy(q + s.nope, q + K, to + s.latent);
-            float padded[1024];
-            std::fill(std::copy(q, q + s.nope, padded), padded + nope_in_.rows.width, 0.0f);
+            float* padded = scratch_[me.thread()].nope.data();
+            std::copy(q, q + s.nope, padded);  // zeros follow
             prepare(padded, nope_in_.rows, int64_t(t) * H + h);
         }
     });
@@ -422,7 +424,7 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
         hidden_task(w, units(w, 0, part), units(w, 0, next_task(part)), feed_in_.rows, every_.data(), pass_.tokens, hidden_in_.rows, 0, scratch_[me.thread()]);
     });
     if (layer.router.data) {
-        each_token(me, [&](int t) { route(layer, t); });
+        each_token(me, [&](int t) { route(layer, t, scratch_[me.thread()]); });
         me.once([&] { group_by_expert(); });
         me.parallel([&] { return int(busy_.size()) * runs(layer.experts_gate_up); }, [&](int i) {
             const Matrix& w = layer.experts_gate_up;
@@ -484,10 +486,10 @@ void Network::hidden_task(const Matrix& w, Units units, Units next, const Rows& 
 }
 
 // V3 eq. 12-16. Ties go to the lower index.
-void Network::route(const Layer& layer, int token) {
+void Network::route(const Layer& layer, int token, Scratch& scratch) {
     const int E = shape_.experts, A = shape_.active, G = shape_.groups, each = E / G;
     const float* logits = &router_[int64_t(token) * round_up(E, TILE)];
-    float scores[4096], ranked[4096];
+    float *scores = scratch.router.data(), *ranked = scratch.ranked.data();
     if (shape_.sigmoid) {
         for (int e = 0; e < E; ++e) scores[e] = 1 / (1 + exp1(-logits[e]));
     } else {
@@ -503,7 +505,7 @@ void Network::route(const Layer& layer, int token) {
         return best;
     };
     if (G > 1) {
-        float by_group[4096];
+        float* by_group = scratch.by_group.data();
         for (int g = 0; g < G; ++g) {
             const float* r = ranked + g * each;
             float first = -INFINITY, second = -INFINITY;
@@ -513,14 +515,14 @@ void Network::route(const Layer& layer, int token) {
             }
             by_group[g] = shape_.sigmoid ? first + second : first;
         }
-        bool kept[4096] = {};
+        std::fill(scratch.kept.begin(), scratch.kept.end(), 0);
         for (int i = 0; i < shape_.groups_kept; ++i) {
             int best = take_best(by_group, G);
-            kept[best] = true;
+            scratch.kept[best] = 1;
             by_group[best] = -INFINITY;
         }
         for (int e = 0; e < E; ++e)
-            if (!kept[e / each]) ranked[e] = -INFINITY;
+            if (!scratch.kept[e / each]) ranked[e] = -INFINITY;
     }
     int32_t* chosen = &chosen_[int64_t(token) * A];
     float* weights = &weights_[int64_t(token) * A];
@@ -608,10 +610,14 @@ EXPORT void glasklar_layout(int32_t* layout) {
     std::memcpy(layout, found, sizeof found);
 }
 
-// `cores`: where each thread runs, or null.
+// `cores`: where each thread runs, or null. Null where the system gives neither the memory nor the threads.
 EXPORT Network* glasklar_network(const Shape* shape, const Layer* layers, const Embedding* embedding, const float* final_norm, const Matrix* head,
                                  const Draft* draft, int threads, const int32_t* cores) {
-    return new Network(*shape, layers, *embedding, final_norm, *head, draft, threads, cores);
+    try {
+        return new Network(*shape, layers, *embedding, final_norm, *head, draft, threads, cores);
+    } catch (const std::exception&) {  // std::bad_alloc, std::system_error; none may leave C
+        return nullptr;
+    }
 }
 EXPORT void glasklar_free(Network* network) { delete network; }
 EXPORT void glasklar_pass(Network* network, const Pass* pass) { network->run(*pass); }

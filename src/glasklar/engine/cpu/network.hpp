@@ -136,6 +136,9 @@ class Network {
    private:
     struct Scratch {
         Buffer<float> products, values;
+        Buffer<float> nope;                      // one head's, padded
+        Buffer<float> router, ranked, by_group;  // of one token
+        Buffer<uint8_t> kept;
         Buffer<Line> queries;  // of SLOTS blocks of heads
         Buffer<Floats> scores;
         FloatSpan floats;
@@ -180,7 +183,7 @@ class Network {
     }
     void feed_forward(Worker& me, const Layer& layer);
     void output(Worker& me, bool drafting);
-    void route(const Layer& layer, int token);
+    void route(const Layer& layer, int token, Scratch& scratch);
     void group_by_expert();
 
     // f(token), for all of the pass: of many tokens some at a time.
@@ -235,7 +238,6 @@ class Network {
     Matrix head_;
     const float* final_norm_;
     Draft draft_{};
-    Pool pool_;
     Pass pass_{};
     int64_t active_bytes_ = 0, draft_bytes_ = 0;  // that a token passes
     bool far_ = false;                            // more than a core's caches keep from one pass to the next
@@ -258,6 +260,7 @@ class Network {
     std::vector<Scratch> scratch_;
     int spans_ = 0;   // spans a query is cut into for parallel work; 0: a task takes all of them
     int blocks_ = 1;  // blocks of heads a task takes
+    Pool pool_;       // the last: its threads end before what they may still look at
 };
 
 }  // namespace glasklar

@@ -201,20 +201,17 @@ class Pool {
    public:
     // `cores`: one for each thread, or none.
     explicit Pool(int threads, std::vector<int> cores) : cores_(std::move(cores)) {
-        for (int i = 1; i < threads; ++i) threads_.emplace_back([this, i] {
-            OnCore here(core_of(i));
-            serve(i);
-        });
-    }
-    ~Pool() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stop_ = true;
-            epoch_.fetch_add(1);
+        try {
+            for (int i = 1; i < threads; ++i) threads_.emplace_back([this, i] {
+                OnCore here(core_of(i));
+                serve(i);
+            });
+        } catch (...) {  // the system gives no more threads
+            stop();
+            throw;
         }
-        wake_.notify_all();
-        for (auto& thread : threads_) thread.join();
     }
+    ~Pool() { stop(); }
     int threads() const { return int(threads_.size()) + 1; }
 
     // Runs `body` on this thread and, unless `alone`, on all others. It may open `phases` phases at most.
@@ -238,6 +235,15 @@ class Pool {
     }
 
    private:
+    void stop() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_ = true;
+            epoch_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (auto& thread : threads_) thread.join();
+    }
     int core_of(int thread) const { return cores_.empty() ? -1 : cores_[thread]; }
 
     // A job that no straggler is still inside of.
