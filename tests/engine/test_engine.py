@@ -308,14 +308,15 @@ def test_the_only_answer_may_give_way_to_a_prompt_that_is_being_read(
     if passes == "torch":
         pytest.skip("slots know no pieces")
     monkeypatch.setattr("glasklar.engine.paged.AHEAD", 1)
-    params = SamplingParams(max_tokens=20, temperature=0.0)
-    for length in range(50, 66):
-        engine = Engine(model, max_tokens=96, chunk_tokens=4, draft_tokens=0)
-        asked = [(prompts(1, seed=5)[0] * 40)[:length], prompts(1, longest=9)[0]]
+    long, params = (prompts(1, seed=5)[0] * 40)[:64], SamplingParams(max_tokens=32, temperature=0.0)
+    for length in range(60, 65):  # the prompt has its pages, and reads on, when the answer beside it wants a third one
+        engine = Engine(model, max_tokens=96, chunk_tokens=2, draft_tokens=0)
+        asked = [long[:length], long[:2]]
         ids = [engine.add(prompt, params) for prompt in asked]
         events = []
         while engine.has_work:
             events += engine.step()
+        assert engine.stats.preempted
         for request, prompt in zip(ids, asked, strict=True):
             assert [e.token for e in events if e.request == request] == oracle(model, prompt, params)
 

@@ -93,7 +93,8 @@ def test_room_counts_a_page_that_each_request_leaves_half_empty() -> None:
     room = PageRoom(max_slots=8, max_tokens=10 * PAGE)
     pages = cache(10 * PAGE)
     for lengths, fits in (
-        ((1,) * 8, True), ((17, 17, 33), True), ((PAGE,) * 4, True), ((PAGE,) * 6, False), ((150,), True), ((81, 79), False),
+        ((1,) * 8, True), ((17, 17, 33), True), ((PAGE,) * 4, True), ((PAGE,) * 6, False), ((150,), True),
+        ((81, 79), False),
     ):  # fmt: skip
         assert room.fits(len(lengths), max(lengths), sum(lengths)) == fits, lengths
         if fits:
