@@ -6,9 +6,11 @@
 
 llama.cpp comes from the package llama-cpp-python (compiled by pip, once); --peer DIR names a folder that it was
 installed into. Both sides have all threads and take turns within each round, so that a busy machine slows both;
-figures are medians, ratios medians of ratios within a round. All layers of a kind hold the same random values, each a
-copy of its own: the traffic of a real model. A file has the bits that we use: 4 (Q4_0) or 8 (Q8_0) with a scale for 32
-values, 8 in the head and the absorbed projections. --keep DIR keeps both sides' files for the next time.
+figures are medians, ratios medians of ratios within a round; of starts and memory, the best one of four processes.
+llama.cpp runs with or without its fused attention, whichever is faster, and rearranges 4 bits while it loads, which is
+its default. All layers of a kind hold the same random values, each a copy of its own: the traffic of a real model. A
+file has the bits that we use: 4 (Q4_0) or 8 (Q8_0) with a scale for 32 values, 8 in the head and the absorbed
+projections. --keep DIR keeps both sides' files for the next time.
 
 Beside decoding and batches stands the share of the read bandwidth, measured in the same minute: bytes that a pass reads
 (weights, of experts as many as are met at random, and the cache) over what the memory gives to the better one of a
@@ -71,13 +73,18 @@ CASES: dict[tuple[str, str], list[Figure]] = {
     ("spark", "bfloat16"): [batch(1, 1, 2), batch(32, 2, 5)],
 }
 
-START, MEMORY, ALONE, BUSY = "start to first token", "peak memory", "decode, context 0", "decode beside a busy process"
+START, PROCESS, MEMORY = "start to first token", "whole process to first token", "peak memory"
+ALONE, BUSY = "decode, context 0", "decode beside a busy process"
 
 
 @dataclass
 class Row:
-    """A line of the table. ours, peer: tokens a second, seconds or GB, as `unit` says; `ratio`: how many times better
-    we are; `limit`: our share of what the machine gives, or beside a busy process of our own speed without it."""
+    """A line of the table.
+
+    ours, peer   tokens a second, seconds or GB, as `unit` says
+    ratio        how many times better we are (peak memory: than weights and 1 GB)
+    limit        our share of what the machine gives, or beside a busy process of our own speed without it
+    """
 
     shape: str
     bits: str
@@ -101,7 +108,7 @@ REST = 0.1
 def read_bandwidth() -> float:
     """Bytes a second that all threads read of 1 GB, the better one of two ways."""
     data = torch.ones(1 << 28)
-    parts = data.view(THREADS, -1)
+    parts = data.chunk(THREADS)
 
     def streams() -> None:
         readers = [
@@ -147,9 +154,11 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def measure(ours: Ours, peers: Mapping[str, Peer], figure: Figure, rounds: int) -> tuple[float, float, float, float]:
-    """Median tokens a second of both sides, of their ratio, and our share of the machine's limit. The peer is the
-    better one of its variants, found in the first round."""
+def measure(
+    ours: Ours, peers: Mapping[str, Peer], figure: Figure, rounds: int
+) -> tuple[tuple[float, float, float, float], str]:
+    """Median tokens a second of both sides, of their ratio, and our share of the machine's limit; and which of the
+    peer's variants it was: the best one in two or three turns. The sides take turns in beginning a round."""
     rounds = rounds if figure.tokens == 1 else max(2, rounds // 4)
 
     def timed(side: Ours | Peer, turn: int) -> float:
@@ -158,12 +167,15 @@ def measure(ours: Ours, peers: Mapping[str, Peer], figure: Figure, rounds: int) 
             side.run(figure, turn)  # wakes its threads, as the token before would
         return side.run(figure, turn)
 
-    tried = {name: [timed(peer, turn) for turn in range(2)][-1] for name, peer in peers.items()}
-    peer = peers[min(tried, key=tried.__getitem__)]
+    turns = range(3 if figure.tokens == 1 else 2)
+    tried = [{name: timed(peer, turn) for name, peer in peers.items()} for turn in turns]
+    best = min(peers, key=lambda name: min(turn[name] for turn in tried))
+    sides = [ours, peers[best]]
     timed(ours, 0)
     pairs, shares = [], []
     for turn in range(2, rounds + 2):
-        mine, theirs = timed(ours, turn), timed(peer, turn)
+        taken = [timed(side, turn) for side in (sides if turn % 2 else reversed(sides))]
+        mine, theirs = taken if turn % 2 else reversed(taken)
         pairs.append((mine, theirs))
         if turn % 4 == 2:
             if figure.tokens == 1:
@@ -172,14 +184,14 @@ def measure(ours: Ours, peers: Mapping[str, Peer], figure: Figure, rounds: int) 
                 shares.append(figure.total * ours.products_per_token / mine / product_rate())
     median = statistics.median
     speeds = (figure.total / median(m for m, _ in pairs), figure.total / median(t for _, t in pairs))
-    return *speeds, median(t / m for m, t in pairs), median(shares)
+    return (*speeds, median(t / m for m, t in pairs), median(shares)), best
 
 
 def busy_row(ours: Ours, peer: Peer, alone: Row, figure: Figure, rounds: int) -> Row:
     """Decoding with another process that never sleeps: three threads want two cores, so two thirds are our share."""
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        mine, theirs, ratio, _ = measure(ours, {"": peer}, figure, 2 * rounds)
+        (mine, theirs, ratio, _), _ = measure(ours, {"": peer}, figure, 2 * rounds)
     finally:
         other.kill()
         other.wait()
@@ -202,7 +214,7 @@ def start_rows(shape: str, bits: str, layers: int | None, files: Files, peer: Pa
             found_here = json.loads(made.stdout)
             found[side].append(found_here | {"process": found_here["clock"] - begin})
     best = {side: {key: min(r[key] for r in results) for key in results[0]} for side, results in found.items()}
-    for key, name, unit in (("start", START, "s"), ("process", "whole process to first token", "s")):
+    for key, name, unit in (("start", START, "s"), ("process", PROCESS, "s")):
         mine, theirs = best["ours"][key], best["peer"][key]
         yield Row(shape, bits, name, mine, theirs, theirs / mine, 5, 20, unit=unit)
     weights = best["ours"]["weights"]
@@ -227,7 +239,7 @@ def rows_of(
     layers, rounds = arguments.layers, arguments.rounds
     files = Files(folder, shape, bits, layers)
     files.make(THREADS)
-    if shape != "spark" and any(wanted(name) for name in (START, MEMORY)):
+    if shape != "spark" and any(wanted(name) for name in (START, PROCESS, MEMORY)):
         yield from (row for row in start_rows(shape, bits, layers, files, arguments.peer) if wanted(row.figure))
     figures = [
         figure for figure in CASES[shape, bits] if wanted(figure.name) or (figure.name == ALONE and wanted(BUSY))
@@ -245,14 +257,14 @@ def rows_of(
         ways = (1,) if arguments.cache == "int8" else (0, 1)
         peers = {f"flash {flash}": Peer(weights, tokens, rows, flash, THREADS, arguments.cache) for flash in ways}
         for figure in (f for f in figures if f.rows == rows):
-            mine, theirs, ratio, share = measure(ours, peers, figure, rounds)
+            (mine, theirs, ratio, share), best = measure(ours, peers, figure, rounds)
             limit = share if shape != "spark" else None
             kept = bits if arguments.cache == "int16" else f"{bits}, cache {arguments.cache}"
             row = Row(shape, kept, figure.name, mine, theirs, ratio, figure.floor, figure.goal, limit)
             row.transformers = scale.get(figure.name)
             yield row
             if figure.name == ALONE and wanted(BUSY):
-                yield busy_row(ours, peers[f"flash {ways[0]}"], row, figure, rounds)
+                yield busy_row(ours, peers[best], row, figure, rounds)
         for peer in peers.values():
             peer.close()
     weights.close()

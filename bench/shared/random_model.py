@@ -18,7 +18,7 @@ from glasklar.convert.gguf_metadata import architecture, metadata
 from glasklar.convert.gguf_tensors import Entry, entries
 from glasklar.engine.cpu import library
 from glasklar.engine.packed import KINDS, PackedModel, Packer
-from glasklar.engine.packed_file import open_file, write_file
+from glasklar.engine.packed_file import VERSION, Damaged, open_file, write_file
 from glasklar.model.checkpoint import hf_tensors
 from glasklar.model.config import ModelConfig
 from glasklar.model.init import build, initialise
@@ -27,6 +27,7 @@ from glasklar.recipe import load_recipe
 
 SAME_BITS = {"int4": gguf.GGMLQuantizationType.Q4_0, "int8": gguf.GGMLQuantizationType.Q8_0,
              "bfloat16": gguf.GGMLQuantizationType.BF16}  # fmt: skip
+KEY = f"bench {VERSION}"
 FINE = ("output.weight", "token_embd.weight", "attn_k_b.weight", "attn_v_b.weight")
 
 
@@ -143,17 +144,19 @@ class Files:
 
     def make(self, threads: int) -> None:
         """What is not there yet."""
-        if self.gguf.exists() and self.packed.exists():
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        weights = RandomWeights(self.config)
         if not self.gguf.exists():
-            write_gguf(self.gguf, weights, self.bits)
-        packer = Packer(compiled(), KINDS[self.bits], threads)
-        write_file(self.packed, "bench", weights.config, weights.get, packer)
+            whole = self.gguf.with_suffix(".part")  # half a file must not be taken for one
+            write_gguf(whole, RandomWeights(self.config), self.bits)
+            whole.rename(self.gguf)
+        try:
+            self.open_packed(threads)
+        except Damaged:  # or not there, or of another version
+            weights, packer = RandomWeights(self.config), Packer(compiled(), KINDS[self.bits], threads)
+            write_file(self.packed, KEY, weights.config, weights.get, packer)
 
     def open_packed(self, threads: int) -> tuple[ctypes.CDLL, PackedModel]:
-        return compiled(), open_file(self.packed, "bench", self.config, compiled(), threads)
+        return compiled(), open_file(self.packed, KEY, self.config, compiled(), threads)
 
 
 def compiled() -> ctypes.CDLL:

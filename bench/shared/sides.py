@@ -17,7 +17,7 @@ from random_model import Files
 
 from glasklar.engine.cpu.library import CacheKind
 from glasklar.engine.native import NativeNetwork
-from glasklar.engine.packed import KINDS, PackedMatrix
+from glasklar.engine.packed import PackedMatrix
 from glasklar.engine.packed_file import lock
 from glasklar.errors import CapacityError
 from glasklar.runtime import cores
@@ -117,7 +117,7 @@ class Ours:
         pages = self.cache.shape[1] // figure.rows
         tables = np.arange(pages * figure.rows, dtype=np.int32).reshape(figure.rows, pages)
         ids = self.rng.integers(0, self.config.vocab_size, figure.total).astype(np.int32)
-        begin = time.perf_counter()
+        begin = time.perf_counter()  # the draw of each next token is part of the pass, as it is not of the peer's
         if figure.rows > 1 or figure.tokens == 1:
             position = np.full(figure.rows, figure.context + turn, np.int32)
             self._pass(ids, position, np.arange(figure.rows, dtype=np.int32), tables, figure.rows)
@@ -148,23 +148,39 @@ class Ours:
     @property
     def products_per_token(self) -> int:
         """Multiplications and additions of one token outside attention and head."""
-        per_value = {"int4": 18 / 32, "int8": 34 / 32, "bfloat16": 2.0}
-        head = self.model.head.data.nbytes
-        kind = next(k for k, v in KINDS.items() if v == self.model.layers[-1].matrices["out"].kind)
-        return int(2 * (self.bytes_of() - head) / per_value[kind])
+        c = self.config
+        each = (
+            matrix.outputs * matrix.inputs * (c.num_experts_per_tok if name.startswith("experts") else matrix.copies)
+            for layer in self.model.layers
+            for name, matrix in layer.matrices.items()
+        )
+        return 2 * sum(each)
+
+
+def choose(settings: ctypes.Structure, **values: Any) -> None:
+    """Sets fields of a struct. ctypes would take any name, and do nothing with those of another version."""
+    known = {field[0] for field in settings._fields_}
+    for name, value in values.items():
+        if name not in known:
+            sys.exit(
+                f"llama.cpp has no setting {name!r} in this version; the bench was written for llama-cpp-python 0.3.36"
+            )
+        setattr(settings, name, value)
 
 
 class PeerWeights:
     """A model of llama.cpp: the weights that several contexts share.
 
-    mapped   its own way, the fastest to start; else the file is read, and what was copied need not lie in memory twice,
-             where whole networks of both sides just fit
+    mapped   its own way on a CPU; else the file is read, and what was copied need not lie in memory twice, where whole
+             networks of both sides just fit. Either way it rearranges int4 while it loads, its default: it computes
+             faster then, and starts later
     """
 
     def __init__(self, llama: Any, files: Files, mapped: bool) -> None:
         self.llama, self.config = llama, files.config
         settings = llama.llama_model_default_params()
-        settings.n_gpu_layers, settings.use_mmap = 0, mapped
+        way = llama.LLAMA_LOAD_MODE_MMAP if mapped else llama.LLAMA_LOAD_MODE_NONE
+        choose(settings, n_gpu_layers=0, load_mode=way)
         self.model = llama.llama_model_load_from_file(str(files.gguf).encode(), settings)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {files.gguf}")
@@ -185,11 +201,12 @@ class Peer:
         llama = self.llama = weights.llama
         self.config, self.model = weights.config, weights.model
         context = llama.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = tokens, PASS_TOKENS, PASS_TOKENS
-        context.n_seq_max, context.n_threads, context.n_threads_batch = rows, threads, threads
+        choose(
+            context, n_ctx=tokens, n_batch=PASS_TOKENS, n_ubatch=PASS_TOKENS, n_seq_max=rows, n_threads=threads,
+            n_threads_batch=threads, flash_attn_type=flash, kv_unified=False, no_perf=True,
+        )  # fmt: skip
         if cache == "int8":
-            context.type_k = context.type_v = Q8_0
-        context.flash_attn_type, context.kv_unified, context.no_perf = flash, False, True
+            choose(context, type_k=Q8_0, type_v=Q8_0)
         self.context = llama.llama_init_from_model(self.model, context)
         if not self.context:
             raise RuntimeError("llama.cpp could not make a context")
@@ -201,14 +218,13 @@ class Peer:
     def run(self, figure: Figure, turn: int) -> float:
         """Seconds of one pass of the figure; the cache is filled up to its context before."""
         self._fill(figure, turn)
-        begin = time.perf_counter()
         if figure.rows > 1 or figure.tokens == 1:
-            self._decode([(row, figure.context + turn) for row in range(figure.rows)], outputs=True)
+            seconds = self._decode([(row, figure.context + turn) for row in range(figure.rows)], outputs=True)
         else:
+            seconds = 0.0
             for first in range(0, figure.tokens, PASS_TOKENS):
                 last = min(first + PASS_TOKENS, figure.tokens)
-                self._decode([(0, position) for position in range(first, last)])
-        seconds = time.perf_counter() - begin
+                seconds += self._decode([(0, position) for position in range(first, last)])
         if figure.tokens > 1:
             self.filled = (0, 0)
         return seconds
@@ -242,15 +258,18 @@ class Peer:
         if llama.llama_state_seq_set_data(self.context, state.ctypes.data_as(pointer), state.size, 0) != state.size:
             raise RuntimeError(f"llama.cpp did not take a state of {tokens} tokens")
 
-    def _decode(self, tokens: list[tuple[int, int]], outputs: bool = False) -> None:
+    def _decode(self, tokens: list[tuple[int, int]], outputs: bool = False) -> float:
+        """Seconds of the pass alone, without filling in what it is asked (a Python loop)."""
         batch = self.batch
         batch.n_tokens = len(tokens)
         for i, (row, position) in enumerate(tokens):
             batch.token[i] = int(self.rng.integers(0, self.config.vocab_size))
             batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = position, 1, row
             batch.logits[i] = outputs or i == len(tokens) - 1
+        begin = time.perf_counter()
         if self.llama.llama_decode(self.context, batch):
             raise RuntimeError("llama.cpp could not decode")
+        return time.perf_counter() - begin
 
     def close(self) -> None:
         self.llama.llama_batch_free(self.batch)
