@@ -60,6 +60,20 @@ def test_only_allowed_tokens_come_and_neighbours_are_untouched(engine: Engine, t
     assert [event.token for event in beside] == [event.token for event in free]
 
 
+def test_a_guide_that_breaks_its_word_leaves_no_row_behind() -> None:
+    class Raising(Listed):
+        def allowed(self) -> NDArray[np.bool_]:
+            raise ValueError("no")
+
+    engine = Engine(initialise(build(CONFIG), 3), **({"chunk_tokens": 16} if library.best() else {}))
+    engine.add([1] * 50, SamplingParams(max_tokens=3), guide=Raising())
+    steps = iter(engine.step, None)
+    with pytest.raises(ValueError, match="no"):
+        all(event == [] for event in steps)
+    assert not engine.has_work
+    assert engine.step() == []
+
+
 def test_where_nothing_is_allowed_the_request_fails_and_others_go_on(engine: Engine) -> None:
     params = SamplingParams(max_tokens=3)
     guided, beside = run(engine, [([1], params, Listed({4}, set())), ([1], params, None)])

@@ -178,3 +178,40 @@ def test_rows_with_nan_or_infinity_are_named() -> None:
 def test_senseless_settings_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(RequestError, match=name):
         SamplingParams(**{name: value})
+
+
+def test_long_rows_are_chosen_from_alike_in_any_company_and_by_any_threads() -> None:
+    """Where one row is long, sums of torch are shared out among threads, and end otherwise."""
+    values, params = logits(160, 102_400, scale=3.0), SamplingParams(temperature=0.8, logprobs=3)
+    numbers, found = np.random.default_rng(2).random(160), []
+    before = torch.get_num_threads()
+    try:
+        for threads, company in ((1, 160), (2, 1), (3, 7)):
+            torch.set_num_threads(threads)
+            parts = [choose(values[i : i + company], params, numbers[i : i + company]) for i in range(0, 160, company)]
+            every = [part.alternatives[row] for part in parts for row in range(len(part.tokens))]
+            found.append(
+                (
+                    *(np.concatenate([getattr(p, name) for p in parts]).tolist() for name in ("tokens", "logprobs")),
+                    every,
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(other == found[0] for other in found[1:])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"stop_ids": (1 << 63,)}, "is no token's id"), ({"stop_ids": (-1,)}, "is no token's id"),
+        ({"stop_ids": (None,)}, "whole number"), ({"stop_ids": 5}, "must be a tuple"),
+        ({"logprobs": 2.5}, "logprobs = 2.5: must be a whole"), ({"max_tokens": 2.5}, "whole"),
+        ({"seed": 1.5}, "whole"),
+        ({"temperature": "1"}, "temperature = '1': must be a number"), ({"logit_bias": {3.5: 1.0}}, "whole"),
+        ({"logit_bias": {3: 1e39}}, "within 1e\\+06 of 0"), ({"logit_bias": {3: math.nan}}, "within"),
+    ],
+)  # fmt: skip
+def test_settings_of_a_wrong_kind_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**wrong)

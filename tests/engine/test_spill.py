@@ -94,10 +94,37 @@ def test_damaged_pages_are_not_returned_nor_kept(tmp_path: Path, damage: str) ->
     pages.write(B, b"efgh")
     DAMAGES[damage](pages.folder / (A.hex() + ".page"))
     assert pages.read(A, 4) is None
-    assert pages.damaged == 1
+    assert pages.damaged == (damage != "gone")
     assert A not in pages
     assert pages.read(B, 4) == b"efgh"
     assert pages.bytes_used == 4 + MARK
+
+
+def test_engines_that_share_a_folder_leave_each_other_s_pages_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = spill(tmp_path)
+    replace = Path.replace
+
+    def late(path: Path, target: Path) -> Path:
+        spill(tmp_path)  # another one starts while a page is written
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    first.write(A, b"abcd")
+    monkeypatch.undo()
+    assert first.failure is None
+    second = spill(tmp_path)
+    assert second.read(A, 4) == b"abcd"
+    next(first.folder.glob("*.page")).unlink()  # the first one needed the room
+    assert second.read(A, 4) is None
+    assert not second.damaged
+    assert not caplog.records
+    old = first.folder / "ended.tmp"
+    old.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    spill(tmp_path)
+    assert not old.exists()
 
 
 def test_the_longest_unused_goes_first_also_after_a_restart(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from glasklar.engine.guide import Guide
 from glasklar.engine.packed import PackedModel
 from glasklar.engine.paged import PageRoom
 from glasklar.engine.paged_runner import PagedRunner, lacking
-from glasklar.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent, check_ids
+from glasklar.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent, check_ids, whole
 from glasklar.engine.runner import Result, Runner
 from glasklar.engine.sampler import Alternatives, Sampled, SpecialRow, sample, uniform
 from glasklar.engine.scheduler import Room, Scheduler, SlotRoom
@@ -118,7 +118,7 @@ class Engine:
             ("max_slots", max_slots, 1), ("max_tokens", max_tokens, 1), ("prefill_tokens", prefill_tokens, 1),
             ("chunk_tokens", chunk_tokens, 1), ("draft_tokens", draft_tokens, 0),
         ):  # fmt: skip
-            if value is not None and value < least:
+            if value is not None and whole(name, value) < least:
                 raise RequestError(f"{name} = {value}: must be {least} or more")
         self.room: Room
         self.runner: Runner | PagedRunner
@@ -182,6 +182,7 @@ class Engine:
         """
         prompt = list(prompt_ids)
         self._check(prompt, params)
+        priority = whole("priority", priority)
         limit = min(params.max_tokens, self.config.max_position_embeddings - len(prompt))
         request = Request(id=self._next_id, prompt=prompt, params=params, limit=limit, priority=priority, guide=guide)
         if not self.room.fits(1, request.reserve, request.reserve):
@@ -368,7 +369,8 @@ class Engine:
         row = self.rows.n
         self._took_up(request, request.text, result.cached[0] if result.cached else 0)
         self.rows.append([self.scheduler.start()])
-        return self._sample(result, row)
+        read_all = result
+        return self._pass(row, row, lambda: [self._sample(read_all, row)])[0]
 
     def _decode_all(self) -> list[_Made]:
         """A token for every row, or several where guesses hold."""

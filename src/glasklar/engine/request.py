@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,9 +15,21 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 State = Literal["waiting", "running", "finished"]
 
 
+# Larger ones would leave the range of fp32 at low temperatures.
+MOST_BIAS = 1e6
+
+
+def whole(name: str, value: object) -> int:
+    """The value as an int; raises RequestError for one that is none (2.0 neither)."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise RequestError(f"{name} = {value!r}: must be a whole number") from None
+
+
 def check_ids(ids: Iterable[int], config: ModelConfig) -> None:
-    """Raises RequestError for an id outside the vocabulary."""
-    foreign = next((i for i in ids if not 0 <= i < config.vocab_size), None)
+    """Raises RequestError for what is no id, or one outside the vocabulary."""
+    foreign = next((i for i in ids if not 0 <= whole("token id", i) < config.vocab_size), None)
     if foreign is not None:
         raise RequestError(f"token id {foreign}: the vocabulary has ids 0 to {config.vocab_size - 1}")
 
@@ -56,11 +68,21 @@ class SamplingParams:
         }  # fmt: skip
         for name, (low, high) in limits.items():
             value = getattr(self, name)
+            if isinstance(low, int):
+                whole(name, value)
+            elif not isinstance(value, int | float):
+                raise RequestError(f"{name} = {value!r}: must be a number")
             if not low <= value <= high:  # also refuses NaN
                 raise RequestError(f"{name} = {value}: must lie between {low} and {high}")
         for token, bias in self.logit_bias.items():
-            if not math.isfinite(bias):
-                raise RequestError(f"logit_bias of token {token} = {bias}: must be a finite number")
+            whole("logit_bias: token", token)
+            if not abs(bias) <= MOST_BIAS:  # also refuses NaN
+                raise RequestError(f"logit_bias of token {token} = {bias}: must lie within {MOST_BIAS:g} of 0")
+        if not isinstance(self.stop_ids, tuple):
+            raise RequestError(f"stop_ids = {self.stop_ids!r}: must be a tuple of token ids")
+        for token in self.stop_ids:
+            if not 0 <= whole("stop_ids: token", token) < 1 << 31:
+                raise RequestError(f"stop_ids: {token} is no token's id")
 
     @property
     def penalised(self) -> bool:

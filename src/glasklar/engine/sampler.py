@@ -81,7 +81,8 @@ def sample(
     if logits_BW.is_cuda and len(logits_BW) > 1:
         return _one_by_one(logits_BW, temperature_B, uniform_B, special)
     own_BW = logits_BW.float()
-    norm_B = own_BW.logsumexp(-1)
+    # Of a row as a whole, by one thread: `logsumexp` of a single long row is shared out, and adds up otherwise.
+    own_logprobs_BW = own_BW.log_softmax(-1)
     chosen_BW = _adjust(own_BW, temperature_B, special) if special else own_BW
     greedy = temperature_B < COLDEST
     if greedy.all():
@@ -90,10 +91,13 @@ def sample(
         tokens_B = draw(_scaled(chosen_BW, np.where(greedy, 1.0, temperature_B)), _to(uniform_B, own_BW))
         if greedy.any():
             tokens_B = torch.where(_to(greedy, own_BW), chosen_BW.argmax(-1), tokens_B)
-    logprobs_B = own_BW.gather(-1, tokens_B[:, None])[:, 0] - norm_B
-    finite_B = norm_B.isfinite()
+    logprobs_B = own_logprobs_BW.gather(-1, tokens_B[:, None])[:, 0]
+    finite_B = own_logprobs_BW.amax(-1).isfinite()
     return Sampled(
-        tokens_B.cpu().numpy(), logprobs_B.cpu().numpy(), finite_B.cpu().numpy(), _alternatives(own_BW, norm_B, special)
+        tokens_B.cpu().numpy(),
+        logprobs_B.cpu().numpy(),
+        finite_B.cpu().numpy(),
+        _alternatives(own_logprobs_BW, special),
     )
 
 
@@ -182,17 +186,13 @@ def _scaled(logits_BW: Tensor, temperature_B: NDArray[np.float64]) -> Tensor:
     return logits_BW / _to(temperature_B, logits_BW)[:, None].float()
 
 
-def _alternatives(
-    logits_BW: Tensor,
-    norm_B: Tensor,
-    special: Sequence[SpecialRow],
-) -> dict[int, Alternatives]:
+def _alternatives(logprobs_BW: Tensor, special: Sequence[SpecialRow]) -> dict[int, Alternatives]:
     """The most probable tokens of the rows that asked for them, by row."""
-    wanted = {s.row: min(s.params.logprobs, logits_BW.shape[-1]) for s in special if s.params.logprobs}
+    wanted = {s.row: min(s.params.logprobs, logprobs_BW.shape[-1]) for s in special if s.params.logprobs}
     if not wanted:
         return {}
     rows = list(wanted)
-    values, ids = (logits_BW[rows] - norm_B[rows, None]).topk(max(wanted.values()), dim=-1)
+    values, ids = logprobs_BW[rows].topk(max(wanted.values()), dim=-1)
     return {
         row: tuple(zip(best[:count], logprobs[:count], strict=True))
         for (row, count), best, logprobs in zip(wanted.items(), ids.tolist(), values.tolist(), strict=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,15 @@ class Spill:
         self._sizes: OrderedDict[bytes, int] = OrderedDict()  # the longest unused first
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for path in self.folder.glob("*.tmp"):  # of a process that was ended while it wrote
-                path.unlink()
-            entries = [(path, path.stat()) for path in self.folder.glob(f"*{SUFFIX}")]
+            for path in self.folder.glob("*.tmp"):  # of a process that was ended while it wrote; not of one that writes
+                if (status := _status(path)) is not None and time.time() - status.st_mtime > 600:
+                    path.unlink(missing_ok=True)
+            found = [(path, _status(path)) for path in self.folder.glob(f"*{SUFFIX}")]
         except OSError as error:
             raise CapacityError(
                 f"{self.folder}: cache pages cannot be kept there ({error}); name another folder"
             ) from None
+        entries = [(path, status) for path, status in found if status is not None]
         for path, status in sorted(entries, key=lambda entry: entry[1].st_mtime_ns):
             if (key := _key_of(path)) is not None:
                 self._sizes[key] = status.st_size
@@ -84,7 +87,7 @@ class Spill:
         if self.failure is not None or key in self._sizes or len(data) + MARK > self.max_bytes:
             return
         path = self._path(key)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}-{id(self)}.tmp")  # other engines may write the same page
         self._shrink(len(data) + MARK)
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -107,6 +110,9 @@ class Spill:
         try:
             with path.open("rb") as file:
                 content = file.read(MARK + size + 1)
+        except FileNotFoundError:  # another engine that has this folder needed the room
+            self._forget(key)
+            return None
         except OSError as error:
             log.warning("%s: a page of the cache cannot be read (%s); it is computed again", path, error)
             content = b""
@@ -143,6 +149,14 @@ class Spill:
     def _fail(self, error: OSError) -> None:
         self.failure = f"cache pages are no longer written to {self.folder}: {error.strerror or error}"
         log.warning("%s; answers are not affected. Make room and start again", self.failure)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """None where another engine has deleted it meanwhile."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _key_of(path: Path) -> bytes | None:
