@@ -10,7 +10,7 @@ from glasklar.engine.cpu import library
 from glasklar.engine.engine import Engine
 from glasklar.engine.guide import Guide, ThinkingBudget
 from glasklar.engine.request import SamplingParams, TokenEvent
-from glasklar.errors import RequestError
+from glasklar.errors import GlasklarError, RequestError
 from glasklar.model.config import ModelConfig
 from glasklar.model.init import build, initialise
 
@@ -60,18 +60,45 @@ def test_only_allowed_tokens_come_and_neighbours_are_untouched(engine: Engine, t
     assert [event.token for event in beside] == [event.token for event in free]
 
 
-def test_a_guide_that_breaks_its_word_leaves_no_row_behind() -> None:
-    class Raising(Listed):
-        def allowed(self) -> NDArray[np.bool_]:
+class Failing(Listed):
+    """Raises where it is asked, or told, for the `turn`-th time."""
+
+    def __init__(self, method: str, turn: int) -> None:
+        super().__init__(*[set(range(61))] * 9)
+        self.method, self.turn = method, turn
+
+    def _called(self, method: str) -> None:
+        if method == self.method and len(self.seen) == self.turn:
             raise ValueError("no")
 
-    engine = Engine(initialise(build(CONFIG), 3), **({"chunk_tokens": 16} if library.best() else {}))
-    engine.add([1] * 50, SamplingParams(max_tokens=3), guide=Raising())
-    steps = iter(engine.step, None)
-    with pytest.raises(ValueError, match="no"):
-        all(event == [] for event in steps)
-    assert not engine.has_work
-    assert engine.step() == []
+    def allowed(self) -> NDArray[np.bool_]:
+        self._called("allowed")
+        mask = super().allowed()
+        return mask[:-1] if self.method == "mask" and len(self.seen) == self.turn else mask
+
+    def accept(self, token: int) -> None:
+        self._called("accept")
+        super().accept(token)
+
+
+@pytest.mark.parametrize(
+    ("method", "turn", "message"),
+    [("allowed", 0, "no"), ("allowed", 2, "no"), ("accept", 1, "no"), ("mask", 1, r"bool\[60\].*bool\[61\]")],
+)
+@pytest.mark.parametrize("length", [2, 50])
+def test_a_guide_that_fails_ends_its_request_alone(
+    engine: Engine, method: str, turn: int, message: str, length: int
+) -> None:
+    params = SamplingParams(max_tokens=5, temperature=0.0)
+    if engine.chunk_tokens is not None:
+        engine.chunk_tokens = 16
+    [free] = run(engine, [([3, 4], params, None)])
+    failed, beside = run(engine, [([1] * length, params, Failing(method, turn)), ([3, 4], params, None)])
+    assert [event.token for event in beside] == [event.token for event in free]
+    assert [event.finish for event in failed] == [None] * (len(failed) - 1) + ["error"]
+    assert len(failed) == turn + 1 + (method == "accept")
+    with pytest.raises(GlasklarError, match=f"its guide failed .*{message}"):
+        raise failed[-1].error or AssertionError
 
 
 def test_where_nothing_is_allowed_the_request_fails_and_others_go_on(engine: Engine) -> None:

@@ -25,7 +25,7 @@ from glasklar.engine.batch import Rows
 from glasklar.engine.cache import SlotCache
 from glasklar.engine.cpu.library import CACHES, CacheKind
 from glasklar.engine.draft import DRAFT_ROWS, PLAIN, Drafter
-from glasklar.engine.guide import Guide
+from glasklar.engine.guide import Guarded, Guide
 from glasklar.engine.packed import PackedModel
 from glasklar.engine.paged import PageRoom
 from glasklar.engine.paged_runner import PagedRunner, lacking
@@ -184,7 +184,10 @@ class Engine:
         self._check(prompt, params)
         priority = whole("priority", priority)
         limit = min(params.max_tokens, self.config.max_position_embeddings - len(prompt))
-        request = Request(id=self._next_id, prompt=prompt, params=params, limit=limit, priority=priority, guide=guide)
+        request = Request(
+            id=self._next_id, prompt=prompt, params=params, limit=limit, priority=priority,
+            guide=None if guide is None else Guarded(guide, self.config.vocab_size),
+        )  # fmt: skip
         if not self.room.fits(1, request.reserve, request.reserve):
             raise CapacityError(
                 f"prompt of {len(prompt)} and answer of up to {limit} tokens: the cache holds {self.room.max_tokens}; "
@@ -576,6 +579,8 @@ def _events(made: _Made) -> list[TokenEvent]:
 
 def _failure(request: Request) -> GlasklarError:
     """Why a row brought no token."""
+    if request.guide is not None and request.guide.error is not None:
+        return GlasklarError(f"request {request.id}: the answer cannot go on, its guide failed ({request.guide.error})")
     if request.guide is not None and (allowed := request.guide.allowed()) is not None and not allowed.any():
         return RequestError(f"request {request.id}: the answer cannot go on, its guide allows no token here")
     return GlasklarError(

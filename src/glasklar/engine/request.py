@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glasklar.engine.guide import Guide
+from glasklar.engine.guide import Guarded
 from glasklar.errors import GlasklarError, RequestError
 from glasklar.model.config import ModelConfig
 
@@ -117,7 +117,7 @@ class Request:
     params: SamplingParams
     limit: int
     priority: int = 0
-    guide: Guide | None = None
+    guide: Guarded | None = None
     cached: int = 0
     drafted: int = 0
     accepted: int = 0
