@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ import pytest
 
 from glasklar.loading import open_folder
 from glasklar.runtime import Runtime
+from glasklar.serve import jobs
 from glasklar.serve.access import FILE, Access
+from glasklar.serve.conversations import Entry
 from glasklar.serve.live import LiveServer
 from glasklar.serve.server import Site
 
@@ -199,3 +202,23 @@ def test_too_many_answers_at_once_are_asked_to_come_again(
     assert reply.status_code == 429
     assert reply.headers["retry-after"]
     assert web.get("/conversations").json() == before
+
+
+def test_an_answer_that_ends_while_it_is_shown_is_told_as_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = object.__new__(jobs.Job)
+    job.entry = Entry(role="assistant", state="running")
+    shown = jobs.shown
+
+    def ending(entry: Entry) -> dict[str, Any]:
+        entry.state = "done"
+        loop.call_soon_threadsafe(job._tell)
+        return shown(entry)
+
+    async def told() -> list[str]:
+        nonlocal loop
+        loop, job._changed = asyncio.get_running_loop(), asyncio.Event()
+        return [view["state"] async for view in job.follow()]
+
+    loop: asyncio.AbstractEventLoop
+    monkeypatch.setattr(jobs, "shown", ending)
+    assert asyncio.run(told()) == ["done"]

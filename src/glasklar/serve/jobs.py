@@ -147,9 +147,12 @@ class Job:
         while True:
             changed, state = self._changed, self.entry.state
             begin = time.monotonic()
-            yield await asyncio.to_thread(shown, self.entry)
+            view = await asyncio.to_thread(shown, self.entry)
             if state != "running":
+                yield view
                 return
+            if view["state"] == "running":  # else it has just ended, and is told as it then stands, once
+                yield view
             await asyncio.sleep(max(SHOW_EVERY, 4 * (time.monotonic() - begin)))
             await changed.wait()
 
