@@ -140,3 +140,7 @@ def test_plans_are_one_json_object_on_stdout(target: str, total: float, tmp_path
     result = glasklar("plan", target, "--json", home=tmp_path)
     assert result.returncode == 0
     assert json.loads(result.stdout)["params_total"] == pytest.approx(total, rel=0.01)
+
+
+def test_what_stands_in_brackets_is_part_of_the_message(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "model[/bold][gguf]" in refused("chat", "model[/bold][gguf]", home=tmp_path)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from glasklar.errors import GlasklarError, RecordError
 from glasklar.runtime import Runtime, prepare, start
@@ -520,13 +521,13 @@ def main() -> None:
         if code:
             sys.exit(code)
     except GlasklarError as error:
-        err.print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:  # typer's usage errors carry their own text and exit code 2
         if hasattr(error, "format_message"):
-            err.print(f"[bold red]error[/] {error.format_message()}", highlight=False)
+            err.print(f"[bold red]error[/] {escape(error.format_message())}", highlight=False)
             sys.exit(2)
         raise
 
