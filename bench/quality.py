@@ -37,7 +37,7 @@ from numpy.typing import NDArray  # noqa: E402
 from random_model import Entry, RandomWeights, compiled, config_of, write_gguf  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from sides import open_llama  # noqa: E402
+from sides import choose, open_llama  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from glasklar.convert.gguf_tensors import entries  # noqa: E402
@@ -123,12 +123,14 @@ def theirs(llama: Any, weights: RandomWeights, bits: str, folder: Path) -> Logit
     path = folder / f"{bits}.gguf"
     write_gguf(path, weights, bits)
     settings = llama.llama_model_default_params()
-    settings.n_gpu_layers = 0
+    choose(settings, n_gpu_layers=0)
     model = llama.llama_model_load_from_file(str(path).encode(), settings)
     path.unlink()  # mapped; gone when the process ends
     context = llama.llama_context_default_params()
-    context.n_ctx, context.n_batch, context.n_ubatch = LONGEST, LONGEST, LONGEST
-    context.n_threads, context.n_threads_batch, context.no_perf = THREADS, THREADS, True
+    choose(
+        context, n_ctx=LONGEST, n_batch=LONGEST, n_ubatch=LONGEST, n_threads=THREADS, n_threads_batch=THREADS,
+        no_perf=True,
+    )  # fmt: skip
     state = llama.llama_init_from_model(model, context)
     if not state:
         raise RuntimeError("llama.cpp could not make a context")

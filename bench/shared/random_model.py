@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -145,15 +146,16 @@ class Files:
     def make(self, threads: int) -> None:
         """What is not there yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        weights = functools.cache(lambda: RandomWeights(self.config))
         if not self.gguf.exists():
             whole = self.gguf.with_suffix(".part")  # half a file must not be taken for one
-            write_gguf(whole, RandomWeights(self.config), self.bits)
+            write_gguf(whole, weights(), self.bits)
             whole.rename(self.gguf)
         try:
             self.open_packed(threads)
         except Damaged:  # or not there, or of another version
-            weights, packer = RandomWeights(self.config), Packer(compiled(), KINDS[self.bits], threads)
-            write_file(self.packed, KEY, weights.config, weights.get, packer)
+            packer = Packer(compiled(), KINDS[self.bits], threads)
+            write_file(self.packed, KEY, self.config, weights().get, packer)
 
     def open_packed(self, threads: int) -> tuple[ctypes.CDLL, PackedModel]:
         return compiled(), open_file(self.packed, KEY, self.config, compiled(), threads)

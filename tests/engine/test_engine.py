@@ -321,6 +321,23 @@ def test_the_only_answer_may_give_way_to_a_prompt_that_is_being_read(
             assert [e.token for e in events if e.request == request] == oracle(model, prompt, params)
 
 
+def test_a_fault_at_the_first_token_of_a_long_prompt_leaves_no_row(
+    model: Transformer, passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if passes == "torch":
+        pytest.skip("slots know no pieces")
+    engine = Engine(model, chunk_tokens=16)
+    engine.add([1] * 50, SamplingParams(max_tokens=3))
+    for _ in range(3):
+        assert engine.step() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_choose", lambda result, places: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert not engine.has_work
+    assert engine.step() == []
+
+
 @pytest.mark.parametrize("name", ["max_slots", "max_tokens", "prefill_tokens", "chunk_tokens", "draft_tokens"])
 def test_settings_out_of_bounds_are_refused(model: Transformer, name: str) -> None:
     with pytest.raises(RequestError, match=f"{name} = -5: must be"):

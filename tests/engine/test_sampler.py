@@ -189,13 +189,8 @@ def test_long_rows_are_chosen_from_alike_in_any_company_and_by_any_threads() -> 
         for threads, company in ((1, 160), (2, 1), (3, 7)):
             torch.set_num_threads(threads)
             parts = [choose(values[i : i + company], params, numbers[i : i + company]) for i in range(0, 160, company)]
-            every = [part.alternatives[row] for part in parts for row in range(len(part.tokens))]
-            found.append(
-                (
-                    *(np.concatenate([getattr(p, name) for p in parts]).tolist() for name in ("tokens", "logprobs")),
-                    every,
-                )
-            )
+            rows = [(part, row) for part in parts for row in range(len(part.tokens))]
+            found.append([(part.tokens[row], part.logprobs[row], part.alternatives[row]) for part, row in rows])
     finally:
         torch.set_num_threads(before)
     assert all(other == found[0] for other in found[1:])

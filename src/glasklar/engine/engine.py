@@ -122,15 +122,17 @@ class Engine:
                 raise RequestError(f"{name} = {value}: must be {least} or more")
         self.room: Room
         self.runner: Runner | PagedRunner
+        self.drafter: Drafter | None = None
         if native:
             if lack is not None:
                 raise RequestError(f"native = True: {lack}; leave `native` out")
-            draft_tokens = 4 if draft_tokens is None else draft_tokens
+            ahead = 4 if draft_tokens is None else draft_tokens
             self.room = PageRoom(max_slots=max_slots, max_tokens=max_tokens)
             self.runner = PagedRunner(
-                model, max_slots=max_slots, max_tokens=max_tokens, chunk_tokens=chunk_tokens, draft=draft_tokens > 0,
+                model, max_slots=max_slots, max_tokens=max_tokens, chunk_tokens=chunk_tokens, draft=ahead > 0,
                 cache=cache, spill=spill,
             )  # fmt: skip
+            self.drafter = Drafter(self.runner, ahead)
         else:
             if spill is not None:
                 raise RequestError(
@@ -152,7 +154,6 @@ class Engine:
         self.chunk_tokens = self.runner.chunk_tokens if isinstance(self.runner, PagedRunner) else None
         chunk = self.chunk_tokens
         self.scheduler = Scheduler(self.room, prefill_tokens=prefill_tokens, chunk=chunk)
-        self.drafter = Drafter(self.runner, draft_tokens or 0) if isinstance(self.runner, PagedRunner) else None
         self._pace = 0.0  # prompt tokens a second, as lately measured
         self.rows = Rows()
         self.stats = Stats()
@@ -372,8 +373,8 @@ class Engine:
         row = self.rows.n
         self._took_up(request, request.text, result.cached[0] if result.cached else 0)
         self.rows.append([self.scheduler.start()])
-        read_all = result
-        return self._pass(row, row, lambda: [self._sample(read_all, row)])[0]
+        last = result
+        return self._pass(row, row, lambda: [self._sample(last, row)])[0]
 
     def _decode_all(self) -> list[_Made]:
         """A token for every row, or several where guesses hold."""

@@ -29,13 +29,9 @@ from glasklar.runtime import cores
 PASS_TOKENS = 512
 
 
-def runs_native(model: Transformer | PackedModel) -> bool:
-    """Whether passes of our own can run this network here, in fp32 or bf16: compiled C++, or Triton on a GPU."""
-    return lacking(model) is None
-
-
 def lacking(model: Transformer | PackedModel) -> str | None:
-    """What passes of our own lack here, and how to mend it; None where they can run this network."""
+    """What passes of our own (compiled C++, or Triton on a GPU; in fp32 or bf16) lack to run this network here, and how
+    to mend it; None where they can."""
     if isinstance(model, PackedModel):
         return None
     weight = model.embed_tokens.weight
@@ -58,7 +54,7 @@ def computed_by(network: Transformer | PackedModel, cache: CacheKind | None = No
     if isinstance(network, PackedModel):
         return {"ops": f"none, packed as {network.precision}", "passes": "C++", "quantize": network.precision, **chosen}
     own = {"cpu": "C++", "cuda": "Triton"}.get(network.embed_tokens.weight.device.type, "")
-    return {"ops": network.ops.name, "passes": own if runs_native(network) else "torch", **chosen}
+    return {"ops": network.ops.name, "passes": own if lacking(network) is None else "torch", **chosen}
 
 
 @dataclass
@@ -85,7 +81,7 @@ def logits_of(model: PackedModel, ids: Sequence[int]) -> torch.Tensor:
 
 
 class PagedRunner:
-    """Runs a network (packed here, and again at `refresh`) or weights that are packed already, where `runs_native`.
+    """Runs a network (packed here, and again at `refresh`) or weights that are packed already; `lacking` says where.
 
     max_slots      rows at most
     max_tokens     tokens that the cache has room for
@@ -150,7 +146,7 @@ class PagedRunner:
         if isinstance(model, Transformer) and model.embed_tokens.weight.device.type == "cuda":
             return self._network_on_gpu(model)
         compiled = library.best()
-        assert compiled is not None, "ask `runs_native` first"
+        assert compiled is not None, "ask `lacking` first"
         if isinstance(model, Transformer):
             dtype = str(model.dtype).removeprefix("torch.")
             parameters = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -168,7 +164,7 @@ class PagedRunner:
                 f"cache = {self.cache_kind!r}: on a GPU the cache is as the model is loaded; leave `cache` out"
             )
         ops = kernels()
-        assert ops is not None, "ask `runs_native` first"
+        assert ops is not None, "ask `lacking` first"
         return CudaNetwork(model, ops, page=PAGE)
 
     def fill(

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 VERSION = "1"
 MARK = 32  # bytes of the hash before the contents
 SUFFIX = ".page"
+# A file that is being written longer than this is of a process that was ended.
+STALE_SECONDS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,8 @@ class Spill:
         self._sizes: OrderedDict[bytes, int] = OrderedDict()  # the longest unused first
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for path in self.folder.glob("*.tmp"):  # of a process that was ended while it wrote; not of one that writes
-                if (status := _status(path)) is not None and time.time() - status.st_mtime > 600:
+            for path in self.folder.glob("*.tmp"):
+                if (status := _status(path)) is not None and time.time() - status.st_mtime > STALE_SECONDS:
                     path.unlink(missing_ok=True)
             found = [(path, _status(path)) for path in self.folder.glob(f"*{SUFFIX}")]
         except OSError as error:
