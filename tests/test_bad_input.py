@@ -53,6 +53,8 @@ def recipe(folder: Path, *changes: tuple[str, str]) -> Path:
 
 
 TASKS = 'kind = "tasks"\ndocuments = 300'
+LETTERS = '[[tasks]]\nname = "letters"'
+NO_REASON = f"hard = {{ terms = [4, 5] }}\n\n{LETTERS}"
 WRONG = {
     "unknown key": (("hidden_size = 32", "hiden_size = 32"), ("hiden_size", "hidden_size")),
     "unknown section": (("[tokenizer]", "[tokeniser]"), ("tokeniser", "tokenizer")),
@@ -62,6 +64,7 @@ WRONG = {
     "unequal vocabularies": (("vocab_size = 320", "vocab_size = 400"), ("400", "320")),
     "unknown task": (('name = "letters"', 'name = "leters"'), ("leters", "letters")),
     "unknown stage": (('kind = "sft"', 'kind = "stf"'), ("stf", "sft")),
+    "reinforcement of nothing": ((NO_REASON, f"reason = false\n\n{LETTERS}\nreason = false"), ("reason = true",)),
     "missing source": ((TASKS, 'kind = "text"\npath = "/nowhere/at/all"'), ("/nowhere/at/all",)),
     "broken TOML": (("[model]", "[model"), ("bad.toml",)),
 }  # fmt: skip
@@ -82,7 +85,8 @@ def test_empty_and_unreadable_sources(tmp_path: Path) -> None:
     notes.mkdir()
     path = recipe(tmp_path, (TASKS, f'kind = "text"\npath = "{notes}"'))
     empty = glasklar("train", path, "--run", tmp_path / "run", home=tmp_path)
-    assert (empty.returncode, "holds no text" in empty.stderr) == (2, True)
+    assert (empty.returncode, "holds no text in files that match" in empty.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
     (notes / "latin.txt").write_bytes("für".encode("latin-1"))
     unreadable = glasklar("train", path, "--run", tmp_path / "run2", home=tmp_path)
     assert (unreadable.returncode, "latin.txt" in unreadable.stderr) == (2, True)
@@ -125,6 +129,8 @@ def test_a_read_only_run_folder(tmp_path: Path) -> None:
         (("serve", "nobody", "--port", "99999"), ("--port", "65535")),
         (("generate", "nobody", "--prompt", "x", "--nonsense"), ("--nonsense",)),
         (("dance",), ("dance",)),
+        (("generate", "nobody", "--prompt", "x", "--threads", "0"), ("threads = 0",)),
+        (("verify", "/etc/hosts"), ("/etc/hosts", "folder")),
     ],
 )
 def test_wrong_arguments(
@@ -140,6 +146,22 @@ def test_plans_are_one_json_object_on_stdout(target: str, total: float, tmp_path
     result = glasklar("plan", target, "--json", home=tmp_path)
     assert result.returncode == 0
     assert json.loads(result.stdout)["params_total"] == pytest.approx(total, rel=0.01)
+
+
+def test_a_mistyped_path_claims_no_name(tmp_path: Path) -> None:
+    path = recipe(tmp_path, (TASKS, 'kind = "text"\npath = "/nowhere/at/all"'))
+    result = glasklar("train", path, home=tmp_path)
+    assert (result.returncode, "/nowhere/at/all" in result.stderr) == (2, True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_is_no_model(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "convert" in refused("serve", tmp_path / "model.gguf", home=tmp_path)
+
+
+def test_without_arguments_there_is_help_and_no_error(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "error" not in refused(home=tmp_path)
 
 
 def test_what_stands_in_brackets_is_part_of_the_message(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def test_killed_at_random_moments_of_all_stages_it_ends_in_the_same_weights(smok
     assert _progress(tmp_path / "run") == STEPS
 
 
-def test_stopped_by_the_keyboard_it_says_how_to_go_on(smoke_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_says_how_to_go_on(smoke_run: Path, tmp_path: Path, sent: signal.Signals) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "glasklar.cli", "train", str(SMOKE), "--run", str(run)]
     # Shells start what runs in the background deaf to the keyboard, and so would be what the tests start.
@@ -99,8 +100,9 @@ def test_stopped_by_the_keyboard_it_says_how_to_go_on(smoke_run: Path, tmp_path:
     deadline = time.monotonic() + 120
     while _progress(run) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=60)
+    assert read_ledger(run / "ledger.jsonl")[0][-1].event == "stopped"
     assert process.returncode == 130
     assert "Traceback" not in said
     again = said.replace("\n", " ").partition("Go on with:")[2].split()

@@ -32,6 +32,16 @@ def test_the_system_places_threads_if_told_to_or_if_it_does_not_tell(monkeypatch
     assert runtime.cores(2) == []
 
 
+def test_threads_are_a_number_from_one_on() -> None:
+    environ = {"GLASKLAR_THREADS": "3"}
+    assert runtime.prepare(None, environ) == 3
+    assert runtime.prepare(2, environ) == 2
+    wrong = ((0, "3", "threads = 0"), (None, "many", "GLASKLAR_THREADS = many"), (None, "0", "GLASKLAR_THREADS = 0"))
+    for threads, value, named in wrong:
+        with pytest.raises(RecipeError, match=named):
+            runtime.prepare(threads, {"GLASKLAR_THREADS": value})
+
+
 def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLASKLAR_PIN", "yes")
     with pytest.raises(RecipeError, match="GLASKLAR_PIN = 'yes': 1 keeps"):

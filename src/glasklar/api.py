@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 from glasklar.audit.documents import write_documents
 from glasklar.audit.report import write_report
 from glasklar.audit.seal import seal
-from glasklar.corpus import EVALUATION_SEED
+from glasklar.corpus import EVALUATION_SEED, check_sources, prepare
 from glasklar.data.chat import Message, parse, render
 from glasklar.data.procedural import Mixture
 from glasklar.data.tokenizer import Tokenizer
@@ -20,6 +20,7 @@ from glasklar.engine.paged_runner import computed_by
 from glasklar.engine.request import SamplingParams
 from glasklar.errors import CheckpointError, RecipeError, RequestError
 from glasklar.eval.tasks import evaluate_tasks, table
+from glasklar.eval.text import bits_per_byte
 from glasklar.loading import Model, find_model
 from glasklar.model.checkpoint import read_config
 from glasklar.model.plan import Plan, StageBudget, plan_model, plan_stages
@@ -28,7 +29,7 @@ from glasklar.pipeline import Pipeline, Reporter
 from glasklar.provenance.receipt import engine_identity, make_receipt, model_root
 from glasklar.provenance.rundir import RunDir
 from glasklar.provenance.signing import Signer
-from glasklar.recipe import AnyStage, Recipe, RLStage, builtin_recipes, load_recipe, recipe_path
+from glasklar.recipe import AnyStage, PretrainStage, Recipe, RLStage, builtin_recipes, load_recipe, recipe_path
 from glasklar.runtime import Runtime
 from glasklar.tasks.base import Split
 
@@ -53,6 +54,8 @@ def train(
         loaded = loaded.replace(seed=seed)
     folder = run or home / "runs" / loaded.name
     text = recipe_path(recipe).read_text(encoding="utf-8")
+    if not RunDir(folder).identity_file.exists():
+        check_sources(loaded)  # a mistyped path claims no folder
     with RunDir.create_or_open(folder, loaded.canonical(), text) as opened:
         Pipeline(loaded, opened, runtime, reporter or QuietReporter()).execute()
         write_report(opened)
@@ -61,12 +64,20 @@ def train(
     return folder
 
 
-def evaluate(model: Model, *, split: str = "test", problems: int = 128, samples: int = 16) -> dict[str, Any]:
-    """Accuracy of a model on the tasks of its own recipe: {"tasks": {NAME: {"pass@1": …}}, "mean": {…}}.
+def evaluate(
+    model: Model, *, split: str | None = None, problems: int | None = None, samples: int | None = None
+) -> dict[str, Any]:
+    """Accuracy of a model on the tasks of its own recipe: {"tasks": {NAME: {"pass@1": …}}, "mean": {…}}; of one that
+    learned from text alone {"bits_per_byte": …} on the documents that its run kept from training.
 
-    Raises CheckpointError for a model that carries no recipe, RequestError for an unknown split.
+    split      "test" (None), "valid" or "train"
+    problems   of each task, 128 if None
+    samples    answers at temperature 1 to each of them, 16 if None
+
+    Raises CheckpointError for a model that carries no recipe, or no tasks and has no run around it; RequestError for an
+    unknown split, for settings that a model without tasks does not have, and where no document was kept from training.
     """
-    if split not in get_args(Split):
+    if split not in (None, *get_args(Split)):
         raise RequestError(f"split = {split!r}: use one of {', '.join(get_args(Split))}")
     path = model.folder / "recipe.json"
     if not path.is_file():
@@ -74,24 +85,54 @@ def evaluate(model: Model, *, split: str = "test", problems: int = 128, samples:
             f"{model.folder}: has no recipe.json, so its tasks are unknown; evaluate a model made by glasklar"
         )
     recipe = Recipe.read(json.loads(path.read_text(encoding="utf-8")), str(path))
+    if not recipe.tasks:
+        given = {"split": split, "problems": problems, "samples": samples}
+        for name, value in given.items():
+            if value is not None:
+                raise RequestError(f"{name} = {value}: {model.name} learned from text, without tasks; leave it out")
+        return {"evaluation": f"{model.name}, held out", "bits_per_byte": _held_out_bits(model, recipe)}
 
     def scores(hard: bool, modes: bool, samples: int) -> dict[str, Any]:
         return evaluate_tasks(
             Engine(model.network),
             speaking(model),
             Mixture.of(recipe.tasks, hard=hard),
-            split=cast(Split, split),
+            split=cast(Split, split or "test"),
             seed=EVALUATION_SEED,
-            problems=problems,
+            problems=problems or 128,
             max_tokens=recipe.evaluation.max_tokens,
             modes=modes,
             samples=samples,
-            sampled_problems=problems,
+            sampled_problems=problems or 128,
         )
 
-    result = {"evaluation": f"{model.name}, {split}", "split": split}
-    result |= table(scores(False, True, samples), recipe.reasoning_tasks)
+    result = {"evaluation": f"{model.name}, {split or 'test'}", "split": split or "test"}
+    result |= table(scores(False, True, samples or 16), recipe.reasoning_tasks)
     return result | {"hard": {name: score.as_json() for name, score in scores(True, False, 0).items()}}
+
+
+def _held_out_bits(model: Model, recipe: Recipe) -> float:
+    """Bits per byte on the documents that the model's run kept from training."""
+    data = RunDir(model.folder.absolute().parent).data
+    if not (data / "facts.json").is_file():
+        raise CheckpointError(
+            f"{model.folder}: learned from text, without tasks, and the documents kept from its training are known in "
+            "its run's folder only; evaluate the run"
+        )
+    corpus = prepare(recipe, data)
+    if not corpus.held_out:
+        raise RequestError(
+            f"{model.name}: evaluation.held_out = {recipe.evaluation.held_out} kept none of its documents from "
+            "training, so there is nothing to measure it on; train with a larger share, or with more documents"
+        )
+    length = max(stage.length for stage in recipe.stages if isinstance(stage, PretrainStage))
+    return bits_per_byte(
+        model.transformer,
+        corpus.tokenizer,
+        corpus.held_out,
+        length=length,
+        max_bytes=recipe.evaluation.held_out_bytes,
+    )
 
 
 def generate(
@@ -175,9 +216,9 @@ def plan(target: str, *, hardware: str, home: Path, tokens: float | None = None)
 
 
 def budget(stage: AnyStage) -> StageBudget:
-    """Tokens of a stage: trained ones; for RL the longest that its answers may get."""
+    """Tokens of a stage and length of its rows: trained ones; for RL the most and longest that its answers may get."""
     if isinstance(stage, RLStage):
         rollout = stage.rollout
         made = stage.steps * rollout.rounds * rollout.prompts * rollout.samples * rollout.max_tokens
-        return StageBudget(stage.kind, made, "rl")
-    return StageBudget(stage.kind, stage.steps * stage.rows * stage.length, stage.kind)
+        return StageBudget(stage.kind, made, "rl", rollout.length)
+    return StageBudget(stage.kind, stage.steps * stage.rows * stage.length, stage.kind, stage.length)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import webbrowser
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +17,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from glasklar.errors import GlasklarError, RecordError
+from glasklar.errors import GlasklarError, RecordError, RequestError
 from glasklar.runtime import Runtime, prepare, start
 from glasklar.serve.limits import Limits
 
 app = typer.Typer(
     name="glasklar",
-    help="An open, frugal and checkable language-model system: train, run and check on the machine you have.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,6 +37,21 @@ ModelName = Annotated[
 DType = Annotated[str | None, typer.Option(help="Of the weights in memory: float32 or bfloat16 (default)")]
 Quantize = Annotated[str | None, typer.Option(help="int8 or int4, while loading: less memory, faster answers")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port on the loopback address; 0 takes a free one")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"glasklar {version('glasklar')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which one this is")
+    ] = False,
+) -> None:
+    """An open, frugal and checkable language-model system: train, run and check on the machine you have."""
 
 
 @app.command()
@@ -62,6 +78,8 @@ def up(
             _train(recipe, folder, runtime)
         server.release(open_folder(folder / "model", runtime))
         out.print(f"[bold green]ready[/] · {server.url} · API: {server.url}/v1 · Ctrl-C stops")
+        if not shutil.which("glasklar"):
+            out.print(f"[dim]more: {Path(sys.argv[0]).absolute().parent / 'glasklar'} --help[/]", soft_wrap=True)
         server.wait()
 
 
@@ -81,9 +99,10 @@ def train(
 def _train(name: str, run: Path | None, runtime: Runtime, seed: int | None = None) -> None:
     from glasklar.api import train as carry_out
     from glasklar.display import TerminalReporter
+    from glasklar.serve.server import terminable
 
     try:
-        with TerminalReporter(err) as reporter:
+        with terminable(), TerminalReporter(err) as reporter:
             folder = carry_out(name, run=run, runtime=runtime, seed=seed, reporter=reporter, home=_home())
     except KeyboardInterrupt:
         again = (
@@ -273,15 +292,15 @@ def generate(
 @app.command(name="eval")
 def evaluate(
     model: ModelName,
-    split: Annotated[str, typer.Option(help="test, valid or train")] = "test",
-    problems: Annotated[int, typer.Option(min=1)] = 128,
-    samples: Annotated[int, typer.Option(min=1)] = 16,
+    split: Annotated[str | None, typer.Option(help="Of the problems: test (default), valid or train")] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="Of each task; default: 128")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each for pass@k; default: 16")] = None,
     dtype: DType = None,
     quantize: Quantize = None,
     as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
-    """Measure a model on its own tasks, on problems it was not trained on."""
+    """Measure a model on its own tasks, on problems it was not trained on, or on text kept from its training."""
     from glasklar.api import evaluate as measure
     from glasklar.display import evaluation_table
 
@@ -405,6 +424,11 @@ def trace(
 
     tracer = tracing.Tracer(RunDir(locate(run, _home())), _home() / "cache" / "trace")
     query = tracing.parse_query(tracer.tokenizer, text, ids)
+    if len(query) < shortest:
+        raise RequestError(
+            f"{len(query)} tokens are too few to have {shortest} in common with a document; give a longer text, or "
+            f"--shortest {max(len(query), 1)} for what is as short"
+        )
     overlaps = tracer.find(query, shortest=shortest)
     result = tracing.as_json(overlaps, tracer.facts["root"])
     lines = [*map(str, overlaps), f"{len(overlaps)} overlaps: {tracing.LABEL}"]
@@ -462,6 +486,16 @@ def convert(
         err.print(f"[bold]note[/] {note}", highlight=False, soft_wrap=True)
     result = {"path": str(made.path), "format": made.format, "dtype": made.dtype, "bytes": made.bytes}
     _print(result | {"notes": made.notes}, as_json, f"{made.path}: {made.bytes / 1e6:.1f} MB, {made.dtype}")
+
+
+@app.command(name="list")
+def list_models(as_json: AsJson = False) -> None:
+    """Show what can be named here: runs, and models pulled from the hub."""
+    from glasklar.display import models_table
+    from glasklar.loading import models
+
+    found = models(_home())
+    _print({"models": found}, as_json, models_table(found))
 
 
 @app.command()
@@ -527,7 +561,9 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except Exception as error:  # typer's usage errors carry their own text and exit code 2
         if hasattr(error, "format_message"):
-            err.print(f"[bold red]error[/] {escape(error.format_message())}", highlight=False)
+            # Without arguments there is help in place of a message, and it is shown already.
+            if said := error.format_message():
+                err.print(f"[bold red]error[/] {escape(said)}", highlight=False)
             sys.exit(2)
         raise
 

@@ -21,7 +21,15 @@ from typing import Any
 from glasklar.data.batches import PackedDocuments
 from glasklar.data.chat import demonstration
 from glasklar.data.cleaning import near_duplicates, overlaps
-from glasklar.data.documents import Document, Removed, document_trees, evaluation_texts, held_out, read_source
+from glasklar.data.documents import (
+    Document,
+    Removed,
+    check_source,
+    document_trees,
+    evaluation_texts,
+    held_out,
+    read_source,
+)
 from glasklar.data.procedural import Mixture, TaskSource, demonstrations, documents
 from glasklar.data.tokenizer import SPECIAL, Tokenizer
 from glasklar.errors import CheckpointError
@@ -84,13 +92,22 @@ def prepare(recipe: Recipe, folder: Path, workers: int = 1) -> Corpus:
         "tokenizer": tokenizer.hash,
         "train_file": sha256_file(folder / TRAIN),
     }
-    if not _only_tasks(recipe):
+    if not only_tasks(recipe):
         lines = [canonical_json(removed.record()) + b"\n" for removed in selection.removed]
         write_atomic(folder / REMOVED, b"".join(lines))
         facts["removed"] = dict(Counter(removed.reason for removed in selection.removed))
         facts["removed_file"] = sha256_file(folder / REMOVED)
     write_atomic(facts_path, canonical_json(facts))
     return Corpus(tokenizer=tokenizer, train=packed, held_out=kept_out, facts=facts)
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Looks whether every source and every file of evaluations is there. Raises DataError, before anything is made."""
+    for source in recipe.sources:
+        if not isinstance(source, TaskSource):
+            check_source(source)
+    for path in recipe.cleaning.evaluations if recipe.cleaning else ():
+        next(evaluation_texts(path), None)
 
 
 def _source_roots(train: list[Document], trees: SourceTrees) -> dict[str, dict[str, object]]:
@@ -209,7 +226,8 @@ def _removed(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
-def _only_tasks(recipe: Recipe) -> bool:
+def only_tasks(recipe: Recipe) -> bool:
+    """Whether a recipe has no text of its own."""
     return all(isinstance(source, TaskSource) for source in recipe.sources)
 
 
@@ -238,5 +256,10 @@ def _reopen(recipe: Recipe, folder: Path) -> Corpus:
                 f"{folder / name}: its hash {digest[:12]}… is not the recorded {recorded[name][:12]}…; "
                 "the file was changed: remove the folder to have it made again"
             )
-    kept_out = [] if _only_tasks(recipe) else _sorted_out(recipe, folder)[1]
+    kept_out = [] if only_tasks(recipe) else _sorted_out(recipe, folder)[1]
+    if document_trees(kept_out).root != facts["held_out_root"]:
+        raise CheckpointError(
+            f"{folder}: the sources no longer hold the {facts['held_out_documents']} documents that were kept from "
+            "training, so nothing comparable can be measured; restore the sources as they were, or start a new run"
+        )
     return Corpus(tokenizer=tokenizer, train=PackedDocuments.open(path), held_out=kept_out, facts=facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from rich.table import Column, Table
 from glasklar.model.plan import Plan
 
 NAMES = {"pretrain": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement", "distil": "Distillation"}
+QUIET_SECONDS = 30.0
 
 
 @contextmanager
@@ -33,10 +35,12 @@ def bytes_progress(console: Console, text: str) -> Iterator[Callable[[int, int],
 
 
 class TerminalReporter:
-    """Implements `pipeline.Reporter` on a rich console; use it as a context manager."""
+    """Implements `pipeline.Reporter` on a rich console; use it as a context manager. In a file or a pipe, where no line
+    can be written over, there is a new one every `QUIET_SECONDS`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.said = -QUIET_SECONDS  # when the last line was written, where there is no terminal
         self.progress = Progress(
             TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True, min_width=13)),
             BarColumn(bar_width=10),
@@ -44,7 +48,9 @@ class TerminalReporter:
             TextColumn("{task.fields[news]}"),
             console=console,
             transient=False,
+            disable=not console.is_terminal,
         )
+        self.name, self.of = "", 0
         self.task: TaskID | None = None
         self.accuracy: float | None = None
         self.warned: set[str] = set()
@@ -57,7 +63,8 @@ class TerminalReporter:
         self.progress.stop()
 
     def stage(self, name: str, step: int, of: int) -> None:
-        self.task = self.progress.add_task(NAMES.get(name, name), total=of, completed=step, news="")
+        self.name, self.of = NAMES.get(name, name), of
+        self.task = self.progress.add_task(self.name, total=of, completed=step, news="")
 
     def step(self, line: dict[str, Any]) -> None:
         assert self.task is not None
@@ -69,11 +76,19 @@ class TerminalReporter:
         else:
             parts = [f"loss {line['loss']:.3f}", f"{line['tokens_per_second'] / 1000:.1f}k tok/s"]
         parts.append(f"{minutes(line['seconds_left'])} left")
-        self.progress.update(self.task, completed=line["step"], news=" · ".join(parts))
+        self._show(line["step"], " · ".join(parts))
         for warning in line.get("warnings", ()):
             if warning.split(":")[-1] not in self.warned:  # the figures change every step, the advice does not
                 self.warned.add(warning.split(":")[-1])
                 self.progress.console.print(f"[yellow]· doctor, step {line['step']}: {warning}[/]")
+
+    def _show(self, step: int, news: str) -> None:
+        assert self.task is not None
+        self.progress.update(self.task, completed=step, news=news)
+        now = time.monotonic()
+        if self.progress.disable and (now - self.said >= QUIET_SECONDS or step == self.of):
+            self.said = now
+            self.console.print(f"{self.name} {step}/{self.of} {news}", highlight=False)
 
     def evaluation(self, line: dict[str, Any]) -> None:
         if "mean" in line:
@@ -107,7 +122,8 @@ def evaluation_table(line: dict[str, Any]) -> Table:
         table = Table("measure", "value", title=line["evaluation"], title_justify="left")
         table.add_row("bits per byte, held-out documents", f"{line['bits_per_byte']:.3f}")
         return table
-    columns = ["greedy", "thinking", "direct", "pass@1", "pass@16"]
+    sampled = dict.fromkeys(name for scores in line["tasks"].values() for name in scores if name.startswith("pass@"))
+    columns = ["greedy", "thinking", "direct", *(sampled or ("pass@1", "pass@16"))]
     table = Table("unseen problems", *columns, "hard", "tokens", title=line["evaluation"], title_justify="left")
     hard = line.get("hard", {})
     for name, scores in line["tasks"].items():
@@ -130,20 +146,22 @@ def minutes(seconds: float) -> str:
 def plan_table(plan: Plan) -> Table:
     """A plan as two columns, its assumptions below."""
     table = Table("", "", title=f"plan on {plan.hardware}", title_justify="left", show_header=False)
-    rows = {
+    rows: dict[str, str] = {
         "parameters": f"{count(plan.params_total)} total, {count(plan.params_active)} active a token",
         "  of prediction modules": count(plan.params_mtp),
         "FLOPs a trained token": f"{plan.flops_per_token_train:.3g}",
         "FLOPs a decoded token": f"{plan.flops_per_token_decode:.3g}",
         "cache a token": f"{plan.cache_bytes_per_token:,} bytes",
-        "memory for training": f"{plan.memory_training_bytes / 1e9:,.2f} GB on {plan.devices_training} device(s)",
-        "memory for serving": f"{plan.memory_serving_bytes / 1e9:,.2f} GB on {plan.devices_serving} device(s)",
+        "memory for training": f"{size(plan.memory_training_bytes)} on {plan.devices_training} device(s)",
+        "memory for serving": f"{size(plan.memory_serving_bytes)} on {plan.devices_serving} device(s)",
         "decoding": f"{plan.decode_tokens_per_second:,.0f} tokens/s",
     }
-    for stage in plan.stages:
-        rows[f"stage {stage.name}"] = f"{stage.tokens:.3g} tokens, {duration(stage.hours)}, {stage.energy_kwh:.3g} kWh"
-    if plan.hours is not None:
-        rows["together"] = f"{duration(plan.hours)} of one device, {plan.energy_kwh:,.3g} kWh, {plan.cost_usd:,.2f} USD"
+    for number, stage in enumerate(plan.stages, start=1):
+        rows[f"stage {number}, {stage.name}"] = (
+            f"{stage.tokens:.3g} tokens, {duration(stage.hours)}, {energy(stage.energy_kwh)}"
+        )
+    if plan.hours is not None and plan.energy_kwh is not None and plan.cost_usd is not None:
+        rows["together"] = f"{duration(plan.hours)} of one device, {energy(plan.energy_kwh)}, {dollars(plan.cost_usd)}"
     for name, value in rows.items():
         table.add_row(name, value)
     table.caption = "\n".join(plan.assumptions)
@@ -155,9 +173,21 @@ def keys_table(rows: list[dict[str, Any]], title: str) -> Table | str:
     """Rows of equal names, a column each; keys or their usage."""
     if not rows:
         return f"no {title}"
-    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
+    table = Table(
+        *(Column(name.replace("_", " "), overflow="fold") for name in rows[0]), title=title, title_justify="left"
+    )
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
+    return table
+
+
+def models_table(models: list[dict[str, Any]]) -> Table | str:
+    """What `loading.models` found, a row each."""
+    if not models:
+        return "no models yet; make one with: glasklar up"
+    table = Table(*(Column(name, overflow="fold") for name in ("model", "from", "size", "state")))
+    for row in models:
+        table.add_row(row["name"], row["from"], size(row["bytes"]) if row["bytes"] else "", row["state"])
     return table
 
 
@@ -167,6 +197,21 @@ def count(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return f"{number:.0f}"
+
+
+def size(number: float) -> str:
+    """Bytes: 12345678 -> "12.3 MB", from a gigabyte on with two decimals and thousands apart."""
+    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:.3g} MB"
+
+
+def energy(kwh: float) -> str:
+    """0.0123 kWh -> "12.3 Wh"."""
+    return f"{kwh:,.4g} kWh" if kwh >= 1 else f"{kwh * 1000:.3g} Wh"
+
+
+def dollars(number: float) -> str:
+    """Nothing that costs something is shown as 0."""
+    return f"{number:,.2f} USD" if number >= 0.01 or not number else "less than 0.01 USD"
 
 
 def duration(hours: float) -> str:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from glasklar.model.checkpoint import load_model, read_config
 from glasklar.model.config import ModelConfig
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import select
+from glasklar.provenance.rundir import RunDir
 from glasklar.runtime import Precision, Runtime
 
 log = logging.getLogger(__name__)
@@ -114,9 +115,16 @@ def find_model(name: str, home: Path) -> Path:
             if (candidate / "config.json").is_file():
                 return candidate
         if (folder / "recipe.json").is_file():
+            process = RunDir(folder).writer()
             raise CheckpointError(
-                f"{folder}: no model released yet; go on with: glasklar train {folder / 'recipe.toml'} --run {folder}"
+                f"{folder}: no model released yet; "
+                + (f"process {process} is making it" if process else f"go on with: {_training(folder)}")
             )
+    if Path(name).is_file():
+        kind = "GGUF files are written (glasklar convert), not read" if name.endswith(".gguf") else "it is a file"
+        raise CheckpointError(
+            f"{name}: {kind}; a model is a folder with config.json, safetensors and tokenizer, as the hub has it"
+        )
     if is_id(name):
         return _pulled(name, home)
     runs = home / "runs"
@@ -128,6 +136,29 @@ def find_model(name: str, home: Path) -> Path:
         else f"runs there: {', '.join(known) or 'none; make one with: glasklar up'}"
     )
     raise CheckpointError(f"no model {name!r}: neither a folder with a config.json nor a run in {runs}; {hint}")
+
+
+def _training(folder: Path) -> str:
+    return f"glasklar train {folder / 'recipe.toml'} --run {folder}"
+
+
+def models(home: Path) -> list[dict[str, Any]]:
+    """Runs and pulled models under `home`: {"name", "from": "run" or "hub", "bytes" of its weights, "state"}."""
+    found = []
+    for folder in sorted((home / "runs").glob("*/recipe.json")):
+        run = RunDir(folder.parent)
+        released, process = (run.model / "config.json").is_file(), run.writer()
+        state = "ready" if released else f"process {process} is making it" if process else "unfinished"
+        found.append({"name": run.path.name, "from": "run", "bytes": _weights(run.model), "state": state})
+    for folder in sorted((home / "hub").glob("*--*")):
+        state = "ready" if (folder / RECORD).is_file() else "a part of it is missing: pull it again"
+        name = folder.name.replace("--", "/", 1)
+        found.append({"name": name, "from": "hub", "bytes": _weights(folder), "state": state})
+    return found
+
+
+def _weights(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def name_of(folder: Path) -> str:

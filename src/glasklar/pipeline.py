@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from glasklar.corpus import Corpus, prepare
+from glasklar.corpus import Corpus, only_tasks, prepare
 from glasklar.errors import CheckpointError
 from glasklar.measuring import Measuring
 from glasklar.model.checkpoint import save_model
@@ -109,6 +109,9 @@ class Pipeline:
         self.reporter.note("reading the sources, training the tokenizer")
         self.corpus = prepare(self.recipe, self.run.path / "data", self.runtime.threads)
         self.measuring = Measuring(self.recipe, self.corpus)
+        if not self.corpus.held_out and not only_tasks(self.recipe):
+            share = self.recipe.evaluation.held_out
+            self.reporter.note(f"evaluation.held_out = {share} keeps no document from training: no bits per byte then")
         if not ledger.of("data"):
             ledger.append("data", self.corpus.facts)
             ledger.append(

@@ -35,7 +35,9 @@ def train(recipe: str, *, run: str | Path | None = None, seed: int | None = None
     return api.train(recipe, runtime=runtime(), home=home(os.environ), run=folder, seed=seed)
 
 
-def evaluate(model: Model, *, split: str = "test", problems: int = 128, samples: int = 16) -> dict[str, Any]:
+def evaluate(
+    model: Model, *, split: str | None = None, problems: int | None = None, samples: int | None = None
+) -> dict[str, Any]:
     """Accuracy of a model on the tasks of its own recipe; see `api.evaluate`."""
     return api.evaluate(model, split=split, problems=problems, samples=samples)
 

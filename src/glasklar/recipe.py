@@ -137,6 +137,8 @@ class Recipe(Section):
         needs_tasks += [s.kind for s in self.sources if s.kind == "tasks"]
         if needs_tasks and not self.tasks:
             raise ValueError(f"{needs_tasks[0]!r} needs at least one entry in [[tasks]]")
+        if not self.reasoning_tasks and any(isinstance(stage, RLStage) for stage in self.stages):
+            raise ValueError("'rl' trains the tasks that count as reasoning, and none does; set reason = true in one")
         if self.model.vocab_size != self.tokenizer.vocab_size:
             raise ValueError(
                 f"model.vocab_size = {self.model.vocab_size} and tokenizer.vocab_size = {self.tokenizer.vocab_size} "

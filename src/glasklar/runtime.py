@@ -57,9 +57,11 @@ def prepare(threads: int | None = None, environ: dict[str, str] | None = None) -
     """
     environ = os.environ if environ is None else environ  # type: ignore[assignment]
     assert environ is not None
-    count = threads or int(environ.get("GLASKLAR_THREADS", 0)) or _cores()
-    if count < 1:
-        raise RecipeError(f"threads = {count}: at least one is needed")
+    wanted = threads if threads is not None else environ.get("GLASKLAR_THREADS") or _cores()
+    if not str(wanted).isdecimal() or int(wanted) < 1:
+        source = "GLASKLAR_THREADS" if threads is None else "threads"
+        raise RecipeError(f"{source} = {wanted}: at least one is needed; leave it out for all cores")
+    count = int(wanted)
     environ["OMP_NUM_THREADS"] = environ["MKL_NUM_THREADS"] = str(count)
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

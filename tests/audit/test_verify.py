@@ -464,6 +464,22 @@ def test_abandoned_run_is_signed_and_cannot_be_gone_on_with(broken_run: Path, tm
     assert "ledger.jsonl" in {entry.subject for entry in verify(run, home=tmp_path).failures}
 
 
+def test_a_run_that_failed_before_its_first_step_holds(tmp_path: Path, runtime: Runtime) -> None:
+    class Refuses(QuietReporter):
+        def note(self, text: str) -> None:
+            raise RuntimeError("no such source")
+
+    with pytest.raises(RuntimeError):
+        api.train(str(SMOKE), runtime=runtime, home=tmp_path, reporter=Refuses())
+    run = tmp_path / "runs" / "smoke"
+    for _ in range(2):
+        found = verify(run, home=tmp_path)
+        assert found.verdict == "holds", found
+        assert "failed: no such source" in course(found)
+        if not (run / ATTESTATION).exists():
+            abandon(run, "the source is gone", Signer.open(tmp_path))
+
+
 def test_released_run_is_not_abandoned(run: Path, home: Path) -> None:
     with pytest.raises(CheckpointError, match="was released on"):
         abandon(run, "changed my mind", Signer.open(home))

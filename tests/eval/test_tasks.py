@@ -28,3 +28,16 @@ def test_the_mean_leaves_out_tasks_that_do_not_reason() -> None:
     assert "thinking" not in result["mean"]
     assert set(result["tasks"]) == {"sum", "letters", "scope"}
     assert result["tasks"]["sum"]["pass@1"] == 0.4
+
+
+def test_of_fewer_samples_pass_at_k_says_so() -> None:
+    scores = {"sum": Scores(n=10, greedy=0.5, thought=1.0, length=10.0, pass1=0.4, pass_k=0.6, k=2)}
+    assert table(scores, ["sum"])["mean"] == {"greedy": 0.5, "length": 10.0, "pass@1": 0.4, "pass@2": 0.6}
+
+
+def test_where_no_task_reasons_the_mean_is_that_of_all() -> None:
+    scores = {
+        "scope": Scores(n=10, greedy=0.2, thought=0.0, length=5.0),
+        "wording": Scores(n=10, greedy=0.4, thought=0.0, length=7.0),
+    }
+    assert table(scores, [])["mean"] == {"greedy": pytest.approx(0.3), "length": 6.0}

@@ -111,3 +111,13 @@ def test_small_networks_get_a_warning():
 def test_impossible_stages_are_refused(stage, message):
     with pytest.raises(RecipeError, match=message):
         plan_stages(v3(), [stage], machine())
+
+
+def test_stages_are_counted_in_rows_of_their_own_length() -> None:
+    config, hardware = v3(), load_hardware("h800")
+    for kind in ("pretrain", "sft", "rl"):
+        [own] = plan_stages(config, [StageBudget("x", 1e9, kind, 256)], hardware).stages
+        [short] = plan_stages(config, [StageBudget("x", 1e9, kind)], hardware, workload=Workload(context=256)).stages
+        [long] = plan_stages(config, [StageBudget("x", 1e9, kind)], hardware).stages
+        assert (own.flops, own.hours) == (short.flops, short.hours)
+        assert own.flops < long.flops

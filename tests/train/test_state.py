@@ -159,7 +159,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
-    with pytest.raises(CheckpointError, match="choose another --run"):
+    with pytest.raises(CheckpointError, match="make the folder writable"):
         save_state(tmp_path / "00-sft-00000001", tensors(), META)
     assert not list(tmp_path.iterdir())
 

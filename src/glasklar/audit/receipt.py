@@ -63,6 +63,8 @@ def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: st
     """
     found = Findings(str(path), "receipt")
     content = _read(path)
+    if isinstance(content, dict) and isinstance(content.get("error"), dict):
+        raise RecordError(f"{path}: no receipt but a server's refusal: {content['error'].get('message')}")
     within = isinstance(content, dict) and "receipt" in content
     try:
         receipt = open_receipt(content["receipt"] if within else content, path.name)
@@ -191,4 +193,7 @@ def _read(path: Path) -> Any:
     try:
         return strict_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: no JSON file that could be read in one way ({error})") from None
+        raise RecordError(
+            f"{path}: no receipt, which would be a JSON file that can be read in one way only ({error}); "
+            "a run or a model is named by its folder"
+        ) from None

@@ -15,11 +15,10 @@ from glasklar.provenance.energy import JOULES_PER_KWH
 from glasklar.provenance.files import write_atomic
 from glasklar.provenance.rundir import RunDir
 
-# Columns of the table of results: figure, part of the evaluation that holds it, heading, what it is.
+# Columns of the table of results: figure, part of the evaluation that holds it, heading, what it is. Between the first
+# and the others stand pass@1 and pass@k, whatever k was measured.
 FIGURES = [
     ("greedy", "tasks", "greedy", "share"),
-    ("pass@1", "tasks", "pass@1", "share"),
-    ("pass@16", "tasks", "pass@16", "share"),
     ("thinking", "tasks", "thinking", "share"),
     ("direct", "tasks", "direct", "share"),
     ("greedy", "hard", "harder range", "share"),
@@ -126,9 +125,14 @@ def _accuracy(facts: RunFacts) -> list[Block]:
         return []
     first = before if before is not last else None
     names = [*last["tasks"], None]
+    passes = list(dict.fromkeys(name for scores in last["tasks"].values() for name in scores if name[:5] == "pass@"))
     columns = {
         label: cells
-        for figure, part, label, kind in FIGURES
+        for figure, part, label, kind in [
+            FIGURES[0],
+            *((name, "tasks", name, "share") for name in passes),
+            *FIGURES[1:],
+        ]
         if any(cells := [_cell(facts, first, last, name, figure, kind, part) for name in names])
     }
     rows = [[name or "mean", *(cells[place] or "–" for cells in columns.values())] for place, name in enumerate(names)]
@@ -138,7 +142,8 @@ def _accuracy(facts: RunFacts) -> list[Block]:
     over = "" if facts.reasoning == list(last["tasks"]) else f" Mean over {', '.join(facts.reasoning)}."
     caption = (
         f"Right answers in percent on {problems} that training never saw{arrow}. Greedy: the model chooses whether to "
-        "think; thinking, direct: it is made to think first, or to answer at once; pass@1, pass@16: at temperature 1; "
+        "think; thinking, direct: it is made to think first, or to answer at once; "
+        f"{', '.join(passes)}{': at temperature 1; ' if passes else ''}"
         f"harder range: lengths that were never trained.{over}"
     )
     return [Table(["task", *columns], rows, caption, total=True)]

@@ -158,17 +158,7 @@ def read_source(source: AnySource) -> tuple[list[Document], list[Removed]]:
     Raises DataError for a missing path, an unreadable file, text that is not UTF-8, a source that holds nothing, a
     library that is needed and not installed.
     """
-    match source:
-        case TextSource():
-            found = _text_files(source)
-        case JsonlSource():
-            found = _json_lines(source)
-        case ParquetSource():
-            found = _parquet(source)
-        case HubSource():
-            found = _hub(source)
-        case StdlibSource():
-            found = _standard_library(source)
+    found = _documents(source)
     by_text: dict[str, Document] = {}
     again: list[Removed] = []
     for document in sorted(found, key=lambda document: document.origin):
@@ -178,8 +168,37 @@ def read_source(source: AnySource) -> tuple[list[Document], list[Removed]]:
         if first is not document:
             again.append(Removed(document=document, reason="duplicate", because_of=first.hash.hex()))
     if not by_text:
-        raise DataError(f"source {source.model_dump()}: holds no text; check path and globs")
+        raise DataError(_nothing(source))
     return sorted(by_text.values(), key=lambda document: document.hash), again
+
+
+def check_source(source: AnySource) -> None:
+    """Reads a source's first document. Raises DataError where `read_source` would for it or for what leads to it."""
+    if next(_documents(source), None) is None:
+        raise DataError(_nothing(source))
+
+
+def _documents(source: AnySource) -> Iterator[Document]:
+    match source:
+        case TextSource():
+            return _text_files(source)
+        case JsonlSource():
+            return _json_lines(source)
+        case ParquetSource():
+            return _parquet(source)
+        case HubSource():
+            return _hub(source)
+        case StdlibSource():
+            return _standard_library(source)
+
+
+def _nothing(source: AnySource) -> str:
+    """What to say of a source without text."""
+    place = getattr(source, "path", None) or getattr(source, "id", source.kind)
+    if isinstance(source, TextSource | HubSource):
+        globs = ", ".join(source.globs)
+        return f"source {place!r} ({source.kind}): holds no text in files that match {globs}; check path and globs"
+    return f"source {place!r} ({source.kind}): holds no text; check its path"
 
 
 def evaluation_texts(path: str) -> Iterator[tuple[str, str]]:

@@ -109,20 +109,14 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
-MEANS = {
-    "greedy": "greedy", "thinking": "thinking", "direct": "direct", "pass@1": "pass1", "pass@16": "pass_k",
-    "length": "length",
-}  # fmt: skip
-
-
 def table(scores: dict[str, Scores], reasoning: Sequence[str]) -> dict[str, Any]:
-    """Scores of all tasks as JSON, and the means over those that count as reasoning: {"tasks": …, "mean": …}."""
-    measured = {
-        label: mean(scores, figure, reasoning)
-        for label, figure in MEANS.items()
-        if all(getattr(scores[name], figure) is not None for name in reasoning)
-    }
-    return {"tasks": {name: score.as_json() for name, score in scores.items()}, "mean": measured}
+    """Scores of all tasks as JSON, and the means over those that count as reasoning: {"tasks": …, "mean": …}. The mean
+    is one over all tasks where none counts, and has the figures that all of them have."""
+    tasks = {name: score.as_json() for name, score in scores.items()}
+    counted = [tasks[name] for name in reasoning or tasks]
+    figures = [figure for figure in counted[0] if figure not in ("n", "thought")]
+    means = {f: fmean(task[f] for task in counted) for f in figures if all(f in task for task in counted)}
+    return {"tasks": tasks, "mean": means}
 
 
 def mean(scores: dict[str, Scores], figure: str, names: Sequence[str]) -> float:

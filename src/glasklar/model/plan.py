@@ -64,11 +64,13 @@ def decode_speed(
 
 
 class StageBudget(NamedTuple):
-    """Tokens of a stage: trained ones, or for "rl" sampled ones, which are then also trained on."""
+    """Tokens of a stage: trained ones, or for "rl" sampled ones, which are then also trained on; in sequences of
+    `context` tokens (None: those of the workload)."""
 
     name: str
     tokens: float
     kind: StageKind
+    context: int | None = None
 
 
 class StagePlan(Section):
@@ -176,19 +178,20 @@ def plan_stages(
 
 
 def _plan_stage(config: ModelConfig, stage: StageBudget, hardware: Hardware, workload: Workload) -> StagePlan:
-    name, tokens, kind = stage
+    name, tokens, kind = stage[:3]
+    context = stage.context or workload.context
     if kind not in get_args(StageKind):
         raise RecipeError(f"stage {name!r}: kind = {kind!r}; known kinds are {', '.join(get_args(StageKind))}")
     if not (math.isfinite(tokens) and tokens > 0):
         raise RecipeError(f"stage {name!r}: tokens = {tokens}; give a positive number")
-    flops = tokens * cost.training_flops_per_token(config, workload.context)
+    flops = tokens * cost.training_flops_per_token(config, context)
     if kind == "rl":
         hours = hardware.compute_hours(flops)
-        speed = decode_speed(config, hardware, context=workload.context, sequences=workload.rollouts)
+        speed = decode_speed(config, hardware, context=context, sequences=workload.rollouts)
         hours += tokens / speed / SECONDS_PER_HOUR
-        flops += tokens * cost.decode_flops_per_token(config, workload.context)
+        flops += tokens * cost.decode_flops_per_token(config, context)
     else:
-        flops += tokens * cost.mtp_flops_per_token(config, workload.context)
+        flops += tokens * cost.mtp_flops_per_token(config, context)
         hours = hardware.compute_hours(flops)
     return StagePlan(
         name=name,
@@ -208,8 +211,8 @@ def _assumptions(config: ModelConfig, stages: Sequence[StagePlan], hardware: Har
         "multiplied with (chosen experts, the head, not the embedding table)."
     )
     yield (
-        f"FLOPs: products only, in sequences of {s.context:,} tokens with causal attention; the backward pass costs "
-        "twice the forward pass; decoding runs over the cached latents."
+        f"FLOPs: products only, in sequences of {s.context:,} tokens (stages of a recipe: of their own length) with "
+        "causal attention; the backward pass costs twice the forward pass; decoding runs over the cached latents."
     )
     yield (
         f"Memory: training holds bf16 weights and gradients, fp32 masters and {s.optimizer} moments, and activations "

@@ -29,10 +29,8 @@ def disk_error(number: int | None, path: Path) -> CapacityError | CheckpointErro
             f"{path}: no room to write ({reason}); free some space and repeat the command: nothing was overwritten"
         )
     if number in _FORBIDDEN:
-        return CheckpointError(
-            f"{path}: cannot be written ({reason}); make the folder writable or choose another --run"
-        )
-    return CheckpointError(f"{path}: cannot be written ({reason}); mend the disk or choose another --run")
+        return CheckpointError(f"{path}: cannot be written ({reason}); make the folder writable or choose another one")
+    return CheckpointError(f"{path}: cannot be written ({reason}); mend the disk or choose another folder")
 
 
 @contextmanager

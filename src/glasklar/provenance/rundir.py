@@ -146,6 +146,20 @@ class RunDir:
             os.close(self._lock)
             self._lock = None
 
+    def writer(self) -> str | None:
+        """Id of the process that has the lock now ("unknown" if it does not say); None if nobody writes."""
+        try:
+            lock = os.open(self.path / ".lock", os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(lock)
+        finally:
+            os.close(lock)
+        return None
+
     def __enter__(self) -> Self:
         return self
 
@@ -183,7 +197,7 @@ class RunDir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            holder = _holder(self._lock)
             os.close(self._lock)
             self._lock = None
             raise CheckpointError(
@@ -206,6 +220,10 @@ class RunDir:
         with writing(self.checkpoints):
             self.checkpoints.mkdir(exist_ok=True)
         write_atomic(self.identity_file, recipe_canonical.encode())  # last: from here on the folder is a run
+
+
+def _holder(lock: int) -> str:
+    return os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
 
 
 def differences(there: Any, here: Any, place: str = "") -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
 import os
@@ -113,7 +114,11 @@ def bound(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except OSError as error:
         listening.close()
-        raise CapacityError(f"port {port} of {host}: {error.strerror}; choose another one with --port") from None
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise CapacityError(f"port {port} of {host}: {error.strerror}; choose another one with --port") from None
+        raise CapacityError(
+            f"--host {host}: {error.strerror}; give an address of this machine, 127.0.0.1 or 0.0.0.0 for all of them"
+        ) from None
     return listening
 
 
