@@ -133,9 +133,9 @@ def test_unwritable_folder_names_the_remedy(tmp_path, monkeypatch, number, kind)
         return opened(path, flags, *mode, **more)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(kind, match="another|free some space"):
+    with pytest.raises(kind, match=r"another|free some space"):
         RunDir.create_or_open(tmp_path, CANONICAL, TOML)
-    with pytest.raises(kind, match="another|free some space"):
+    with pytest.raises(kind, match=r"another|free some space"):
         write_json(tmp_path / "facts.json", {})
     monkeypatch.undo()
     assert contents(tmp_path) == before
