@@ -34,6 +34,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ from random_model import Files  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from sides import Figure, Ours, Peer, PeerWeights, open_llama  # noqa: E402
+
+from glasklar.engine.cpu.library import VARIANTS, load  # noqa: E402
 
 
 def decode(context: int, floor: float, goal: float) -> Figure:
@@ -270,6 +273,16 @@ def rows_of(
     weights.close()
 
 
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, and with."""
+    described = runtime.start(THREADS).describe()
+    build = next((name for name in VARIANTS if load(name) is not None), "none")
+    versions = {name: version(name) for name in ("glasklar", "torch")}
+    return {name: described[name] for name in ("cpu", "threads", "system")} | versions | {
+        "build": build, "llama-cpp-python": sys.modules["llama_cpp"].__version__,
+    }  # fmt: skip
+
+
 def show(rows: list[Row]) -> None:
     table = Table("shape", "bits", "figure", "ours", "llama.cpp", "ratio", "asked", "goal", "share", "transformers")
     for r in rows:
@@ -297,7 +310,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the models' files, which stay there")
     parser.add_argument("--cache", choices=["int16", "int8"], default="int16", help="the peer's: fp16, or Q8_0")
     parser.add_argument("--transformers", action="store_true", help="with the speed of transformers, for scale")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="an object a row, with the machine it was measured on")
     arguments = parser.parse_args()
 
     def wanted(name: str) -> bool:
@@ -308,7 +321,7 @@ def main() -> None:
     silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama.llama_log_set(silent, ctypes.c_void_p(0))
     llama.llama_backend_init()
-    rows = []
+    here, rows = machine(), []
     with tempfile.TemporaryDirectory(prefix="glasklar-bench-") as temporary:
         for shape, bits in CASES:
             if (arguments.shape or "") not in shape or arguments.bits not in (None, bits):
@@ -317,7 +330,7 @@ def main() -> None:
             for row in rows_of(llama, shape, bits, wanted, arguments, folder):
                 rows.append(row)
                 print(
-                    json.dumps(asdict(row)) if arguments.json else row,
+                    json.dumps(asdict(row) | {"layers": arguments.layers, "machine": here}) if arguments.json else row,
                     file=sys.stdout if arguments.json else sys.stderr,
                 )
                 sys.stdout.flush()
