@@ -59,7 +59,12 @@ def read_toml(path: Path) -> dict[str, Any]:
 def explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
     """One line a problem: place, what is wrong, the nearest known key."""
     lines = []
-    for item in error.errors():
+    found = error.errors()
+    # Where an item of a list is wrong, that the list is too short without it says nothing.
+    wrong = {item["loc"][:-1] for item in found if item["loc"]}
+    for item in found:
+        if item["type"] == "too_short" and item["loc"] in wrong:
+            continue
         place = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             known = sorted(_keys_at(cls, item["loc"][:-1]))
@@ -68,6 +73,11 @@ def explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
             lines.append(f"{where}: unknown key {place!r}; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: {place!r} is missing; add it")
+        elif item["type"] == "union_tag_invalid":
+            tag, known = item["ctx"]["tag"], [word.strip("' ") for word in item["ctx"]["expected_tags"].split(",")]
+            near = difflib.get_close_matches(tag, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "use another"
+            lines.append(f"{where}: {place}.kind = {tag!r}: {hint} There are: {', '.join(known)}")
         else:
             value = json.dumps(item["input"], default=str)
             lines.append(f"{where}: {place or 'recipe'} = {value[:80]}: {item['msg'].removeprefix('Value error, ')}")

@@ -267,7 +267,15 @@ def test_large_bodies_are_refused(size: int, web: httpx.Client) -> None:
 
 def test_other_kinds_of_content_are_refused(web: httpx.Client) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
-        check(web.post(CHAT, content=b'{"model": "tiny"}', headers={"content-type": kind}), 400)
+        error = check(web.post(CHAT, content=b'{"model": "tiny"}', headers={"content-type": kind}), 400)
+        assert "content-type: application/json" in error["message"]
+
+
+def test_what_is_no_json_is_said_with_its_place(web: httpx.Client) -> None:
+    error = check(web.post(CHAT, content=b'{"model": bad', headers={"content-type": "application/json"}), 400)
+    assert "no JSON" in error["message"]
+    assert "character 10" in error["message"]
+    assert error["param"] is None
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,12 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            what = f"the body is no JSON ({first['ctx']['error']} at character {first['loc'][-1]})"
+            return JSONResponse(error_body(_safe(what), "invalid_request_error"), 400)
+        if isinstance(first.get("input"), bytes):  # FastAPI reads JSON only where the header says that it is
+            what = "the body is JSON; say so in a header: content-type: application/json"
+            return JSONResponse(error_body(what, "invalid_request_error"), 400)
         place = ".".join(str(part) for part in first["loc"] if part != "body") or None
         what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         param = place or _param(what)
