@@ -386,6 +386,7 @@ def replay(
     folder, count_of_threads = _recorded(run, threads)
     runtime = _runtime(count_of_threads)
     from glasklar.audit import replay as again
+    from glasklar.display import steps_progress
     from glasklar.provenance.rundir import RunDir
     from glasklar.provenance.signing import Signer
 
@@ -394,15 +395,16 @@ def replay(
             return again.draw(record, beacon, count)
         return record.stretches() if segment is None else [record.leading_to(segment)]
 
-    found = again.replay(
-        RunDir(folder),
-        choose,
-        runtime=runtime,
-        signer=Signer.open(_home()) if sign else None,
-        rebuild_data=rebuild_data,
-        tolerance=tolerance,
-        progress=lambda text: err.print(text, highlight=False),
-    )
+    with steps_progress(err) as progress:
+        found = again.replay(
+            RunDir(folder),
+            choose,
+            runtime=runtime,
+            signer=Signer.open(_home()) if sign else None,
+            rebuild_data=rebuild_data,
+            tolerance=tolerance,
+            progress=progress,
+        )
     _findings(found, as_json)
 
 

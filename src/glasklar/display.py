@@ -16,6 +16,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Column, Table
 
@@ -32,6 +33,24 @@ def bytes_progress(console: Console, text: str) -> Iterator[Callable[[int, int],
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(text, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def steps_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Long work in steps, with the time left: call what it gives with what is done now, steps done and steps in all. In
+    a file there is a line for each thing."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task, last = bar.add_task("", total=None), ""
+
+        def tell(text: str, done: int, total: int) -> None:
+            nonlocal last
+            if text != last and not console.is_terminal:
+                console.print(text, highlight=False, soft_wrap=True)
+            last = text
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield tell
 
 
 class TerminalReporter:

@@ -47,7 +47,13 @@ def texts(found: Findings) -> str:
 
 def test_whole_training_from_sources_comes_out_equal(run: Path, runtime: Runtime, tmp_path: Path) -> None:
     signer = Signer.open(tmp_path)
-    found = replay(RunDir(run), Record.stretches, runtime=runtime, signer=signer, rebuild_data=True)
+    told: list[tuple[str, int, int]] = []
+    found = replay(
+        RunDir(run), Record.stretches, runtime=runtime, signer=signer, rebuild_data=True,
+        progress=lambda *news: told.append(news),
+    )  # fmt: skip
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert told[-1][1:] == (16, 16)
     assert found.verdict == "holds", found
     assert "10 of 10 segments" in str(found)
     verified = verify(run, home=tmp_path)

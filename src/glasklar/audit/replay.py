@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from glasklar.recipe import Recipe, RLStage
 from glasklar.runtime import Runtime
 from glasklar.train.state import checkpoint_name, load_state, state_hash
 from glasklar.training import Training
+
+Progress = Callable[[str, int, int], None]
 
 # What changes the bits of a result; the rest of `describe_machine` is for people.
 MACHINE_CLASS = ("device", "compute", "threads", "cpu", "cpu_capability", "gpu", "torch", "ops", "passes")
@@ -98,9 +101,18 @@ class Record:
 
     def line(self, index: int, step: int) -> dict[str, Any] | None:
         """Recorded figures of a step (from 1) of a stage; None where the metrics end before."""
-        before = sum(self.recipe.stages[i].steps for i in range(index) if self.trained(i))
-        place = before + step - 1
+        place = sum(self.recipe.stages[i].steps for i in range(index) if self.trained(i)) + step - 1
         return self.steps[place] if place < len(self.steps) else None
+
+    def place(self, name: str | None) -> int:
+        """Steps of the run up to a recorded state; None: none."""
+        if name is None:
+            return 0
+        index, step = int(name[:2]), int(name.rpartition("-")[2])
+        return sum(self.recipe.stages[i].steps for i in range(index) if self.trained(i)) + step
+
+    def steps_of(self, stretch: Stretch) -> int:
+        return self.place(stretch.names[-1]) - self.place(stretch.start)
 
     def watched(self, index: int, step: int) -> list[dict[str, Any]]:
         """Recorded evaluations while a stage ran, after one of its steps."""
@@ -184,7 +196,7 @@ def replay(
     signer: Signer | None = None,
     rebuild_data: bool = False,
     tolerance: float | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text, done, total: None,
 ) -> Findings:
     """Does the chosen stretches again.
 
@@ -192,6 +204,7 @@ def replay(
     signer         signs what came out equal into the run's coverage table; None: nothing is written
     rebuild_data   make the training data from their sources again instead of reading what lies in the folder
     tolerance      where the machine is of another class: largest relative difference of a loss that is let pass
+    progress       is told what is replayed, and steps done of all that were chosen
 
     Raises RecordError or CheckpointError where the record cannot be read, DataError where a source is gone.
     """
@@ -206,16 +219,24 @@ def replay(
         same = corpus.facts == record.data
         if not found.expect(same, "data", good, f"{how}other data than recorded: {_other_facts(corpus, record.data)}"):
             return found
-        for stretch in choose(record):
-            progress(f"replaying from {stretch.start or 'the seed'} to {stretch.names[-1]}")
+        chosen = choose(record)
+        done, total = 0, sum(map(record.steps_of, chosen))
+        for stretch in chosen:
+            told = f"replaying from {stretch.start or 'the seed'} to {stretch.names[-1]}", done
+            progress(*told, total)
             attempt = Attempt(record, corpus, runtime, stretch)
-            attempt.run()
+            attempt.run(partial(_tell, progress, *told, total))
+            done += record.steps_of(stretch)
             equal += [name for name in stretch.names if attempt.states.get(name) == record.states[name]]
             _report(attempt, found, tolerance)
     if signer is not None and equal:
         _sign(record, equal, signer, runtime)
         found.holds("coverage", str(coverage(record.events, read_replays(run))))
     return found
+
+
+def _tell(progress: Progress, text: str, before: int, total: int, steps: int) -> None:
+    progress(text, before + steps, total)
 
 
 class Attempt:
@@ -230,6 +251,7 @@ class Attempt:
         self.others: list[str] = []  # those that came out otherwise
         self.difference: StepDifference | None = None
         self.worst_loss = 0.0  # largest relative difference of a loss
+        self.done = 0
 
     @property
     def equal(self) -> bool:
@@ -243,8 +265,9 @@ class Attempt:
         names = [name for name in (*MACHINE_CLASS, "code") if here.get(name) != there.get(name)]
         return [f"{name} {there.get(name)} there, {here.get(name)} here" for name in names]
 
-    def run(self) -> None:
-        """Raises CheckpointError where the state to begin with is not the recorded one."""
+    def run(self, tell: Callable[[int], None] = lambda steps: None) -> None:
+        """`tell` hears of steps done. Raises CheckpointError where the state to begin with is not the recorded one."""
+        self.tell = tell
         if self.stretch.start is not None:
             tensors, meta = load_state(self.record.run.checkpoints / self.stretch.start)
             if state_hash(tensors, meta) != self.record.states[self.stretch.start]:
@@ -267,6 +290,8 @@ class Attempt:
         runner = training.runner(index, self.corpus, self.record.run.checkpoints)
         for step in range(training.position.step + 1, stage.steps + 1):
             self._compare(index, step, training.advance(runner, index))
+            self.done += 1
+            self.tell(self.done)
             name = checkpoint_name(index, stage.kind, step)
             if name in self.stretch.names:
                 self.states[name] = state_hash(*training.state(index))
