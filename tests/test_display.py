@@ -45,7 +45,7 @@ def test_every_stage_of_a_plan_has_a_row(tmp_path: Path) -> None:
 
 
 def test_small_amounts_are_not_shown_as_nothing() -> None:
-    assert [size(12_345_678), size(1.5e12)] == ["12.3 MB", "1,500.00 GB"]
+    assert [size(119_000), size(12_345_678), size(1.5e12)] == ["119 kB", "12.3 MB", "1,500.00 GB"]
     assert [dollars(0.0), dollars(0.004), dollars(1234.5)] == ["0.00 USD", "less than 0.01 USD", "1,234.50 USD"]
 
 

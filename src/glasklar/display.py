@@ -220,7 +220,9 @@ def count(number: float) -> str:
 
 def size(number: float) -> str:
     """Bytes: 12345678 -> "12.3 MB", from a gigabyte on with two decimals and thousands apart."""
-    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:.3g} MB"
+    if number >= 1e9:
+        return f"{number / 1e9:,.2f} GB"
+    return f"{number / 1e6:.3g} MB" if number >= 1e6 else f"{number / 1e3:.3g} kB"
 
 
 def energy(kwh: float) -> str:

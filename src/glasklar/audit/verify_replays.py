@@ -29,10 +29,8 @@ class Coverage:
 
     def __str__(self) -> str:
         keys = {key for signers in self.replayed.values() for key in signers}
-        return (
-            f"{len(self.replayed)} of {len(self.checkpoints)} segments replayed to equal states, by {len(keys)} keys, "
-            f"on {'; '.join(self.machines)}"
-        )
+        done = f"{len(self.replayed)} of {len(self.checkpoints)} segments replayed to equal states"
+        return f"{done}, by {len(keys)} key{'s' if len(keys) != 1 else ''}, on {'; '.join(self.machines)}"
 
 
 def read_replays(run: RunDir) -> list[Statement]:
