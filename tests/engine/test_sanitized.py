@@ -22,10 +22,11 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("build", [name for name in library.VARIANTS if library.load(name) is not None])
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(build: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checked", ["address,undefined", "thread"])
+def test_no_access_out_of_bounds_no_undefined_behaviour_no_race(build: str, checked: str, tmp_path: Path) -> None:
     program = tmp_path / "sanitized"
     common = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wno-psabi", "-pthread"]
-    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    checks = [f"-fsanitize={checked}", "-fno-sanitize-recover=all"]
     source = Path(__file__).with_name("sanitized.cpp")
     command = [str(COMPILER), *common, *checks, *FLAGS[build], str(source), "-o", str(program)]
     subprocess.run(command, check=True, timeout=900)

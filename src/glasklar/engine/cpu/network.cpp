@@ -435,15 +435,26 @@ void Network::feed_forward(Worker& me, const Layer& layer) {
                         scratch_[me.thread()]);
         });
     }
-    // A task adds up all experts' parts of some tiles: as many as are read side by side, if that leaves enough tasks.
+    // A task adds up all experts' parts of some tiles: as many as are read side by side, if that leaves enough tasks. The last ones
+    // are shorter, so that threads end together.
+    struct Cut {
+        int each, whole, rest;
+        int first(int i) const { return std::min(i, whole) * each + std::max(0, i - whole) * rest; }
+    };
     const int64_t bytes = (layer.down.data ? tile_bytes(layer.down.kind, layer.down.inputs) : 0) +
                           (layer.router.data ? int64_t(s.active) * tile_bytes(layer.experts_down.kind, layer.experts_down.inputs) : 0);
     const int all = padded_ / TILE, fair = std::min(STREAMS, all / (8 * pool_.threads())) / 2 * 2;
-    const int each = std::max<int>(fair, pass_.tokens > 4 ? 2 : 2 * std::max<int64_t>(1, (32 << 10) / bytes));
-    const int whole = each >= 4 ? all * 3 / 4 / each : 0, rest = each >= 4 ? each / 2 : each;  // the last ones shorter: threads end together
-    auto first_of = [&](int i) { return std::min(i, whole) * each + std::max(0, i - whole) * rest; };
-    me.parallel([&] { return whole + (all - whole * each + rest - 1) / rest; }, [&](int i) {
-        const int first = first_of(i), last = std::min(first + (i < whole ? each : rest), (s.width + TILE - 1) / TILE), next = first_of(next_task(i));
+    auto cut = [&] {
+        const int each = std::max<int>(fair, pass_.tokens > 4 ? 2 : 2 * std::max<int64_t>(1, (32 << 10) / bytes));
+        return each >= 4 ? Cut{each, all * 3 / 4 / each, each / 2} : Cut{each, 0, each};
+    };
+    auto count = [&] {
+        const Cut c = cut();
+        return c.whole + (all - c.whole * c.each + c.rest - 1) / c.rest;
+    };
+    me.parallel(count, [&](int i) {
+        const Cut c = cut();
+        const int first = c.first(i), last = std::min(first + (i < c.whole ? c.each : c.rest), (s.width + TILE - 1) / TILE), next = c.first(next_task(i));
         auto expert_tiles = [&](size_t n) {
             if (layer.router.data && n < busy_.size()) return layer.experts_down.tile(busy_[n], first);
             return layer.down.data ? layer.down.tile(0, next) : layer.experts_down.tile(busy_[0], next);

@@ -146,7 +146,8 @@ class OnCore {
 };
 
 struct alignas(64) Phase {
-    std::atomic<int> total{-1}, next{0}, done{0};
+    static constexpr int UNSET = -1, COUNTING = -2;
+    std::atomic<int> total{UNSET}, next{0}, done{0};
 };
 
 struct Job {
@@ -167,12 +168,11 @@ class Worker {
     template <class Count, class Work>
     void parallel(Count count, Work work) {
         Phase& phase = job_.phases[at_++];
-        int total = phase.total.load(std::memory_order_acquire);
-        if (total < 0) {
-            // A straggler may count while later steps change the data; then `total` has been set long since.
-            int counted = count(), unset = -1;
-            total = phase.total.compare_exchange_strong(unset, counted) ? counted : unset;
-        }
+        // Whoever comes first counts. A straggler finds it done: it must not look at what later steps change already.
+        int total = phase.total.load(std::memory_order_acquire), unset = Phase::UNSET;
+        if (total < 0 && phase.total.compare_exchange_strong(unset, Phase::COUNTING)) phase.total.store(total = count(), std::memory_order_release);
+        wait_until([&] { return total >= 0 || (total = phase.total.load(std::memory_order_acquire)) >= 0; },
+                   [] { std::this_thread::sleep_for(std::chrono::microseconds(50)); });
         Manners& manners = Manners::of_this_thread();
         int mine = 0;
         for (int i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < total;) {
@@ -256,7 +256,7 @@ class Pool {
     static Job& reset(Job& job, int phases) {
         if (int(job.phases.size()) < phases) job.phases = std::vector<Phase>(phases);
         for (auto& phase : job.phases) {
-            phase.total.store(-1, std::memory_order_relaxed);
+            phase.total.store(Phase::UNSET, std::memory_order_relaxed);
             phase.next.store(0, std::memory_order_relaxed);
             phase.done.store(0, std::memory_order_relaxed);
         }
