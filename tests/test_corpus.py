@@ -198,7 +198,7 @@ def blank(tmp_path: Path) -> tuple[str, list[str]]:
 def too_little(tmp_path: Path) -> tuple[str, list[str]]:
     (tmp_path / "little").mkdir()
     (tmp_path / "little" / "a.md").write_text("one line of text\n")
-    return text_source(tmp_path / "little"), ["2048", "lower vocab_size or add documents"]
+    return text_source(tmp_path / "little"), ["2048", "lower vocab_size, in [model] and [tokenizer], or add documents"]
 
 
 def unmatched(tmp_path: Path) -> tuple[str, list[str]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from glasklar import api
+from glasklar.audit.verify import verify
 from glasklar.display import QuietReporter
-from glasklar.errors import CheckpointError, RequestError
+from glasklar.errors import CheckpointError, DataError, RequestError
 from glasklar.loading import load
 from glasklar.provenance.ledger import read_ledger
 from glasklar.runtime import Runtime
@@ -41,9 +42,9 @@ class Listens(QuietReporter):
         self.notes.append(text)
 
 
-def made(folder: Path, runtime: Runtime, held_out: float) -> tuple[Path, Listens]:
+def made(folder: Path, runtime: Runtime, held_out: float, vocabulary: int = 320) -> tuple[Path, Listens]:
     recipe = folder / "text.toml"
-    head = SMOKE.read_text().partition("[[tasks]]")[0]
+    head = SMOKE.read_text().partition("[[tasks]]")[0].replace("vocab_size = 320", f"vocab_size = {vocabulary}")
     recipe.write_text(head + PRETRAINING.format(notes=notes(folder / "notes", files=12), held_out=held_out))
     heard = Listens()
     return api.train(str(recipe), runtime=runtime, home=folder, run=folder / "run", reporter=heard), heard
@@ -79,6 +80,25 @@ def test_other_documents_than_those_kept_are_refused(tmp_path: Path, runtime: Ru
         path.write_text(path.read_text(encoding="utf-8") + " more", encoding="utf-8")
     with pytest.raises(CheckpointError, match="no longer hold"):
         api.evaluate(load(run / "model", runtime))
+
+
+def test_a_recipe_that_came_to_nothing_leaves_its_name_to_the_mended_one(tmp_path: Path, runtime: Runtime) -> None:
+    with pytest.raises(DataError, match="lower vocab_size"):
+        made(tmp_path, runtime, 0.4, vocabulary=30_000)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    run, _ = made(tmp_path, runtime, 0.4)
+    assert verify(run, home=tmp_path).verdict == "holds"
+    (tmp_path / "notes" / "latin.md").write_bytes("für".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.md"):  # a run that has come to something keeps all it has
+        api.train(str(tmp_path / "text.toml"), runtime=runtime, home=tmp_path, run=_unfinished(run))
+    assert (run / "ledger.jsonl").exists()
+
+
+def _unfinished(run: Path) -> Path:
+    """The run as it was before its last line said that it was released."""
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_bytes(b"".join(lines[:-1]))
+    return run
 
 
 def test_where_nothing_is_kept_it_is_said(tmp_path: Path, runtime: Runtime) -> None:

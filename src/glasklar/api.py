@@ -18,7 +18,7 @@ from glasklar.display import QuietReporter
 from glasklar.engine.engine import Engine
 from glasklar.engine.paged_runner import computed_by
 from glasklar.engine.request import SamplingParams
-from glasklar.errors import CheckpointError, RecipeError, RequestError
+from glasklar.errors import CheckpointError, DataError, RecipeError, RequestError
 from glasklar.eval.tasks import evaluate_tasks, table
 from glasklar.eval.text import bits_per_byte
 from glasklar.loading import Model, find_model
@@ -57,7 +57,13 @@ def train(
     if not RunDir(folder).identity_file.exists():
         check_sources(loaded)  # a mistyped path claims no folder
     with RunDir.create_or_open(folder, loaded.canonical(), text) as opened:
-        Pipeline(loaded, opened, runtime, reporter or QuietReporter()).execute()
+        new = not opened.ledger.events
+        try:
+            Pipeline(loaded, opened, runtime, reporter or QuietReporter()).execute()
+        except DataError:
+            if new and not opened.ledger.of("data"):
+                opened.withdraw()  # what has not even data is no run, and its name is free for the mended recipe
+            raise
         write_report(opened)
         write_documents(opened)
         seal(opened, Signer.open(home))

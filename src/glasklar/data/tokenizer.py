@@ -65,7 +65,7 @@ class Tokenizer:
         if inner.get_vocab_size() != vocab_size:
             raise DataError(
                 f"the texts give a vocabulary of {inner.get_vocab_size()}, not {vocab_size}; "
-                "lower vocab_size or add documents"
+                "lower vocab_size, in [model] and [tokenizer], or add documents"
             )
         return cls(inner)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -145,6 +146,14 @@ class RunDir:
             os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
+
+    def withdraw(self) -> None:
+        """Takes out all that a run put into its folder, for one that came to nothing; call it with the lock held."""
+        with writing(self.path):
+            for folder in (path for path in (self.data, self.checkpoints) if path.exists()):
+                shutil.rmtree(folder)
+            for path in (self.identity_file, self.recipe_file, self.ledger_file, self.metrics_file):
+                path.unlink(missing_ok=True)
 
     def writer(self) -> str | None:
         """Id of the process that has the lock now ("unknown" if it does not say); None if nobody writes."""
