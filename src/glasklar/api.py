@@ -58,15 +58,17 @@ def train(
         check_sources(loaded)  # a mistyped path claims no folder
     with RunDir.create_or_open(folder, loaded.canonical(), text) as opened:
         new = not opened.ledger.events
+        signed = bool(opened.ledger.of("released")) and opened.attestation_file.exists()
         try:
             Pipeline(loaded, opened, runtime, reporter or QuietReporter()).execute()
         except DataError:
             if new and not opened.ledger.of("data"):
                 opened.withdraw()  # what has not even data is no run, and its name is free for the mended recipe
             raise
-        write_report(opened)
-        write_documents(opened)
-        seal(opened, Signer.open(home))
+        if not signed:  # what is signed stays as it was signed, by whomever
+            write_report(opened)
+            write_documents(opened)
+            seal(opened, Signer.open(home))
     return folder
 
 

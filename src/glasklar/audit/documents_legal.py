@@ -66,7 +66,8 @@ def public_summary(m: dict[str, Any], say: Say) -> list[Block]:
                 say("2.2.1 Licensed by right holders: ", "2.2.1 Von Rechteinhabern lizenziert: ") + unsaid,
                 say("2.2.2 Obtained from other third parties: ", "2.2.2 Von sonstigen Dritten: ") + unsaid,
                 say("2.3 Crawled: ", "2.3 Aus dem Netz gesammelt: ")
-                + say("nothing; glasklar has no crawler", "nichts; glasklar hat keinen Sammler"),
+                + say("nothing by glasklar, which has no crawler", "nichts von glasklar, das keinen Sammler hat")
+                + (f"; {unsaid}" if own else ""),
                 say("2.4 Data of users: ", "2.4 Daten von Nutzern: ") + unsaid,
                 say("2.5 Synthetic: ", "2.5 Synthetisch: ")
                 + (", ".join(source["name"] for source in synthetic) or none)

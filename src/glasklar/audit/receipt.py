@@ -6,7 +6,8 @@ prefixes and drafts. On the C++ passes none of that changes a bit, so even the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -25,7 +26,14 @@ from glasklar.serve.grammar import GuideMaker, GuideSpec
 
 MOST_THREADS = 1024
 # What may stand beside a receipt in a file: what the server's and `generate`'s replies have.
-BESIDE = {"object", "id", "choice", "choices", "receipt"}
+# Beside it nothing can be said that a reader might take for the answer.
+BESIDE: dict[str, Callable[[Any], bool]] = {
+    "object": lambda value: value == "receipt",
+    "id": lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is not None,
+    "choice": lambda value: type(value) is int,
+    "choices": lambda value: type(value) is int,
+    "receipt": lambda value: True,
+}
 
 
 def answer_again(model: Model, receipt: Receipt) -> Completion:
@@ -77,7 +85,7 @@ def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: st
     else:
         good, bad = "the key is the one that was asked for", f"signed with {receipt.signer}, not with {key}"
         found.expect(receipt.signer == key.lower(), "signer", good, bad)
-    if within and (strange := sorted(content.keys() - BESIDE)):
+    if within and (strange := sorted(name for name in content if not BESIDE.get(name, lambda _: False)(content[name]))):
         found.fails(", ".join(strange), "stands beside the receipt, where nobody signed it: leave it out")
     folder = find_by_root(receipt.model, home) if model is None else model
     if folder is None:

@@ -89,9 +89,9 @@ def _tile(
     old = facts.mean(before, figure) if before and before is not last else None
     value = "–" if now is None else show(now)
     if old is None:
-        return value, "mean over the tasks"
+        return value, "mean over the reasoning tasks"
     change = f"{show(old).removesuffix('%')} → {value}"
-    return change.replace(" ", "\N{NO-BREAK SPACE}"), "before → after RL, mean over the tasks"
+    return change.replace(" ", "\N{NO-BREAK SPACE}"), "before → after RL, mean over the reasoning tasks"
 
 
 def _reinforcement(facts: RunFacts) -> list[Block]:

@@ -19,6 +19,7 @@ from glasklar.audit.receipt import verify_receipt
 from glasklar.audit.seal import MODEL_KIND, RUN_KIND, file_hashes, origin, sealed_files
 from glasklar.audit.verify_contents import check_contents, unknown_form
 from glasklar.audit.verify_documents import check_documents
+from glasklar.audit.verify_order import check_order
 from glasklar.audit.verify_replays import check_replays
 from glasklar.errors import CheckpointError, RecordError
 from glasklar.provenance.environment import files_hash
@@ -52,7 +53,15 @@ def verify(
         return verify_receipt(target, home=home, model=model, key=key)
     run = RunDir(target)
     if run.identity_file.is_file() and run.ledger_file.is_file():
-        return _verify_run(run, home, key, head)
+        before = run.writer()
+        found = _verify_run(run, home, key, head)
+        if found.failures and (process := before or run.writer()):
+            first = found.failures[0]
+            raise CheckpointError(
+                f"{target}: process {process} is writing to this run, so what does not fit ({first.subject}: "
+                f"{first.text}) may be half-written; verify it when that process is done"
+            )
+        return found
     if (target / ATTESTATION).is_file():
         return _verify_model(target, home, key, head)
     if (target / "config.json").is_file():
@@ -92,6 +101,7 @@ def _verify_run(run: RunDir, home: Path, key: str | None, head: str | None) -> F
                 "version; verify the run with the code that made it",
             )
         else:
+            found.guard("order", lambda: check_order(run, events, found))
             check_contents(run, events, found)
             check_documents(run, events, found)
             check_replays(run, events, found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,20 @@ FIELDS: dict[str, set[str]] = {
 }
 
 
+_NAME = re.compile(r"\d{2}-[a-z]+-\d{8}")
+
+
 def unknown_form(events: list[Event]) -> str | None:
     """What keeps this version from reading a ledger whose chain holds; None for one that it can read."""
     if not events or events[0].event != "run":
         return "does not begin with the run"
     for event in events:
+        if not isinstance(event.event, str) or not isinstance(event.data, dict):
+            return f"line {event.index + 1} is no event with data"
         if missing := FIELDS.get(event.event, set()) - event.data.keys():
             return f"line {event.index + 1} ({event.event}) lacks {', '.join(sorted(missing))}"
+        if event.event == "checkpoint" and not _NAME.fullmatch(str(event.data["name"])):
+            return f"line {event.index + 1} ({event.event}) has the name {event.data['name']!r}"
     return None
 
 

@@ -8,6 +8,8 @@ from glasklar.audit.findings import Findings
 from glasklar.audit.report import report_files
 from glasklar.audit.seal import sealed_files
 from glasklar.audit.verify_replays import checkpoint_events
+from glasklar.corpus import REMOVED, TRAIN
+from glasklar.data.tokenizer import Tokenizer
 from glasklar.provenance.energy import JOULES_PER_KWH
 from glasklar.provenance.environment import files_hash, installed_versions
 from glasklar.provenance.ledger import Event, exact
@@ -99,18 +101,33 @@ def _documents(run: RunDir, events: list[Event], found: Findings) -> None:
 def _parts(run: RunDir, events: list[Event], found: Findings) -> None:
     """Nothing lies in the folder that is no part of a run. Signed or not, code beside weights is not harmless."""
     released = [event.data["files"] for event in events if event.event == "released"]
-    model = {*(released[-1] if released else ()), "README.md", ATTESTATION}
+    inside = {
+        "model": {*released[-1], "README.md", ATTESTATION} if released else set(),
+        "data": {"facts.json", TRAIN, REMOVED, *(Tokenizer.load(run.data).files() if _has_tokenizer(run) else ())},
+        "dossier": {name.removeprefix("dossier/") for name in documents(RunFacts.read(run))},
+    }
+    top = PARTS if released else PARTS - {"report.md", "report.html"}
     strange = []
     for path in sealed_files(run.path):
         parts = path.relative_to(run.path).parts
-        known = parts[0] in PARTS
-        if parts[0] == "model":
-            known = len(parts) == 2 and parts[1] in model
+        known = parts[0] in top
+        if parts[0] in inside:
+            known = len(parts) == 2 and parts[1] in inside[parts[0]]
         elif parts[0] == "checkpoints":
             known = len(parts) == 3 and parts[2] in CHECKPOINT
         if not known:
             strange.append("/".join(parts))
+    empty = (path for path in sorted(run.path.rglob("*")) if path.is_dir() and not any(path.iterdir()))
+    strange += [f"{path.relative_to(run.path).as_posix()}/" for path in empty if path != run.checkpoints]
     for name in strange:
         found.fails(name, "is no part of a run: the ledger knows nothing of it, though its signer may have signed it")
     if not strange:
         found.holds("parts", "nothing lies in the folder that is no part of a run")
+    if (run.path / BASELINES).is_file():
+        found.unchecked(
+            BASELINES, "figures from elsewhere that the report shows beside; the ledger knows nothing of them"
+        )
+
+
+def _has_tokenizer(run: RunDir) -> bool:
+    return (run.data / "tokenizer.json").is_file()
