@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from glasklar.corpus import Corpus, only_tasks, prepare
 from glasklar.errors import CheckpointError
@@ -78,11 +78,10 @@ class Pipeline:
                 self._stage(index)
             self._release()
         except KeyboardInterrupt:
-            self.run.ledger.append("stopped", self._end())
+            self._ended("stopped")
             raise
         except Exception as error:
-            kind = type(error).__name__
-            self.run.ledger.append("failed", {"error": str(error), "kind": kind, **self._end()})
+            self._ended("failed", error=str(error), kind=type(error).__name__)
             raise
 
     # --- beginning and going on -----------------------------------------------------------------------------------
@@ -134,10 +133,12 @@ class Pipeline:
         digest = saved_hash(folder)
         return next(e.data for e in reversed(self.run.ledger.of("checkpoint")) if e.data["state_hash"] == digest)
 
-    def _end(self) -> dict[str, Any]:
-        """Where a run ended early, and the work since the last checkpoint, if a stage was under way."""
-        lost = self.segment.lost() if self.segment is not None else None
-        return {"position": asdict(self.position), "lost": lost}
+    def _ended(self, how: Literal["stopped", "failed"], **why: str) -> None:
+        """Records where a run ended early, and the work since the last checkpoint, if a stage was under way. A run that
+        had not begun has no record yet."""
+        if self.run.ledger.of("run"):
+            lost = self.segment.lost() if self.segment is not None else None
+            self.run.ledger.append(how, {**why, "position": asdict(self.position), "lost": lost})
 
     # --- stages ---------------------------------------------------------------------------------------------------
 

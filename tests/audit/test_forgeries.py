@@ -18,7 +18,7 @@ from glasklar.audit.replay import Record, replay
 from glasklar.audit.report import write_report
 from glasklar.audit.seal import MODEL_KIND, RUN_KIND
 from glasklar.audit.verify import verify
-from glasklar.errors import RecordError
+from glasklar.errors import CheckpointError, RecordError
 from glasklar.provenance.hashing import canonical_json, sha256_file
 from glasklar.provenance.rundir import ATTESTATION, RunDir
 from glasklar.provenance.signing import PAYLOAD_TYPE, Signer, open_envelope, read_envelope
@@ -143,6 +143,130 @@ def test_readiness_in_all_places_shows_when_it_is_done_again(run: Path, home: Pa
     assert failures(run, home) == {}
     found = replay(RunDir(run), lambda record: [record.leading_to("6")], runtime=runtime)
     assert "readiness (step 0): thinking is" in str(found.failures)
+
+
+def insert(copied: str, place: int, data: dict | None = None, **changes: object) -> Change:
+    """A change that copies the last line of an event to a place (from the end if negative), with other data."""
+
+    def change(lines: list[dict]) -> None:
+        line = json.loads(json.dumps(next(line for line in reversed(lines) if line["event"] == copied)))
+        line["data"].update(data or {})
+        line.update(changes)
+        lines.insert(place if place >= 0 else len(lines) + 1 + place, line)
+
+    return change
+
+
+def move_time(lines: list[dict]) -> None:
+    lines[3]["time"] = "certified on Monday"
+
+
+OUT_OF_ORDER: dict[str, Change] = {
+    "an evaluation before the training": insert("evaluation", 3),
+    "a second run": insert("run", 1),
+    "a second corpus": insert("data", 2, {"documents": 1}),
+    "a checkpoint twice": insert("checkpoint", -2, {"flops": 1e25}),
+    "a verdict on readiness after the end": insert("readiness", -2, {"ready": False}),
+    "abandoned after its release": insert("released", -1, {"reason": "x", "lost": None}, event="abandoned"),
+    "an event that no run has": insert("readiness", -1, event="audited"),
+    "a time that is none": move_time,
+    "a checkpoint of another stage": lambda lines: at(lines, "checkpoint")["data"].update(stage="pretrain"),
+    "a checkpoint left out": lambda lines: lines.remove(at(lines, "checkpoint")),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_ORDER)
+def test_lines_that_no_run_writes_there(run: Path, home: Path, name: str) -> None:
+    perfect(run, home, OUT_OF_ORDER[name])
+    assert "order of the ledger" in failures(run, home)
+
+
+def _last(lines: list[dict], **changes: object) -> dict:
+    return {**lines[-1], **changes}
+
+
+METRICS: dict[str, Callable[[list[dict]], list[dict]]] = {
+    "steps after the end": lambda lines: [*lines, {**next(x for x in lines if x.get("stage") == "rl"), "step": 5}],
+    "an evaluation under way that was none": lambda lines: [*lines, _last(lines, evaluation="rl step", step=3)],
+    "an evaluation of another name": lambda lines: [*lines[:-1], _last(lines, evaluation="before rl"), lines[-1]],
+    "the last evaluation left out": lambda lines: lines[:-1],
+    "the last evaluation twice": lambda lines: [*lines, lines[-1]],
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_figures_that_no_run_writes_there(run: Path, home: Path, name: str) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in METRICS[name](lines))
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    perfect(run, home)
+    assert "order of the metrics" in failures(run, home)
+
+
+def test_a_replay_that_finds_other_figures_vouches_for_nothing(run: Path, home: Path, runtime: Runtime) -> None:
+    def prettier(line: dict) -> None:
+        if line.get("evaluation") == "after rl":
+            line["tasks"]["sum"]["greedy"] = 0.99
+
+    edit_metrics(run, prettier)
+    perfect(run, home, lambda lines: [prettier(line["data"]) for line in lines] and None)
+    replay(RunDir(run), lambda record: record.stretches()[-1:], runtime=runtime, signer=Signer.open(home))
+    assert not (run / "replays.jsonl").exists()
+
+
+STRANGE = ["dossier/certificate.html", "dossier/deep/modeling.py", "data/modeling.py", "model/approved/", "approved/"]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_files_and_empty_folders_are_named(run: Path, home: Path, name: str) -> None:
+    path = run / name
+    path.mkdir(parents=True) if name.endswith("/") else path.parent.mkdir(exist_ok=True)
+    if not name.endswith("/"):
+        path.write_text("certified")
+    resign(run, home)
+    assert name in failures(run, home)
+
+
+def test_an_unfinished_run_has_no_report_and_no_card(run: Path, home: Path) -> None:
+    write(run, (lines := lines_of(run))[:-1], chained=True)
+    assert lines[-1]["event"] == "released"
+    (run / ATTESTATION).unlink()
+    found = failures(run, home)
+    assert {"report.html", "report.md", "model/README.md", "dossier/manifest.json"} <= set(found)
+
+
+def test_what_is_signed_is_not_signed_anew(run: Path, home: Path, tmp_path: Path, runtime: Runtime) -> None:
+    from glasklar import api
+    from smoke import SMOKE
+
+    card = run / "dossier" / "model-card.en.md"
+    card.write_text(card.read_text(encoding="utf-8") + "Certified.", encoding="utf-8")
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file() and path.name != ".lock"}
+    api.train(str(SMOKE), runtime=runtime, home=tmp_path / "other", run=run)
+    assert before == {path: path.read_bytes() for path in before}
+    assert "dossier/model-card.en.md" in failures(run, home)
+
+
+def test_while_a_process_writes_nothing_is_called_false(run: Path, home: Path) -> None:
+    (run / "report.html").write_text("half")
+    written = (run / "recipe.toml").read_text(encoding="utf-8")
+    with (
+        RunDir.create_or_open(run, (run / "recipe.json").read_text(encoding="utf-8"), written),
+        pytest.raises(CheckpointError, match=f"process {os.getpid()} is writing"),
+    ):
+        verify(run, home=home)
+    assert "report.html" in failures(run, home)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data": [1, 2]}, {"data": None}, {"event": ["x"]}, {"event": "checkpoint", "data": {"name": ["x"]}}],
+)
+def test_lines_of_another_form_are_findings(run: Path, home: Path, change: dict) -> None:
+    lines = lines_of(run)
+    lines[5].update(change)
+    write(run, lines, chained=True)
+    assert "ledger.jsonl" in failures(run, home)
 
 
 def test_second_evaluation_smuggled_in(run: Path, home: Path) -> None:

@@ -61,6 +61,8 @@ class Course:
     def take(self, event: Event) -> str | None:
         """What is wrong with a line after those before it; None: nothing."""
         name, before = event.event, self.seen[-1] if self.seen else None
+        if name == "repaired" and before is not None:  # a torn last line was taken out, wherever that happened
+            return None
         self.seen.append(name)
         try:
             datetime.fromisoformat(event.time)
@@ -72,7 +74,7 @@ class Course:
             return "there is another one" if before is not None else "the first line is that of the run"
         if before in ENDS:
             return f"after {before}"
-        if before in ("stopped", "failed") and name not in ("resumed", "abandoned"):
+        if before in ("stopped", "failed") and name not in ("resumed", "abandoned", "stopped", "failed"):
             return f"the run had {before}"
         if name in ("checkpoint", "readiness", "evaluation", "released") and "data" not in self.seen:
             return "before the data"
@@ -108,7 +110,7 @@ class Course:
         following = self.at[0] + 1
         while following in self.skipped:
             following += 1
-        if not self._ended() or not self._is_rl(following):
+        if not (self._ended() or self.at == START) or not self._is_rl(following):
             return "no reinforcement comes next"
         if not data.get("ready"):
             self.skipped.add(following)
