@@ -76,7 +76,7 @@ def explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
         elif item["type"] == "union_tag_invalid":
             tag, known = item["ctx"]["tag"], [word.strip("' ") for word in item["ctx"]["expected_tags"].split(",")]
             near = difflib.get_close_matches(tag, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "use another"
+            hint = f"did you mean {near[0]!r}?" if near else "use another."
             lines.append(f"{where}: {place}.kind = {tag!r}: {hint} There are: {', '.join(known)}")
         else:
             value = json.dumps(item["input"], default=str)
