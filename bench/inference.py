@@ -273,9 +273,8 @@ def rows_of(
     weights.close()
 
 
-def machine() -> dict[str, Any]:
+def machine(described: dict[str, Any]) -> dict[str, Any]:
     """What the figures were measured on, and with."""
-    described = runtime.start(THREADS).describe()
     build = next((name for name in VARIANTS if load(name) is not None), "none")
     versions = {name: version(name) for name in ("glasklar", "torch")}
     return {name: described[name] for name in ("cpu", "threads", "system")} | versions | {
@@ -317,11 +316,11 @@ def main() -> None:
         return any(part in name for part in (arguments.figure or "").split(","))
 
     llama = open_llama(arguments.peer)
-    runtime.start(THREADS)
+    described = runtime.start(THREADS).describe()
     silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama.llama_log_set(silent, ctypes.c_void_p(0))
     llama.llama_backend_init()
-    here, rows = machine(), []
+    here, rows = machine(described), []
     with tempfile.TemporaryDirectory(prefix="glasklar-bench-") as temporary:
         for shape, bits in CASES:
             if (arguments.shape or "") not in shape or arguments.bits not in (None, bits):

@@ -100,22 +100,28 @@ def evaluate(
                 raise RequestError(f"{name} = {value}: {model.name} learned from text, without tasks; leave it out")
         return {"evaluation": f"{model.name}, held out", "bits_per_byte": _held_out_bits(model, recipe)}
 
+    part = cast(Split, split or "test")
+    count, tries = 128 if problems is None else problems, 16 if samples is None else samples
+    for name, number in (("problems", count), ("samples", tries)):
+        if number < 1:
+            raise RequestError(f"{name} = {number}: at least one is needed")
+
     def scores(hard: bool, modes: bool, samples: int) -> dict[str, Any]:
         return evaluate_tasks(
             Engine(model.network),
             speaking(model),
             Mixture.of(recipe.tasks, hard=hard),
-            split=cast(Split, split or "test"),
+            split=part,
             seed=EVALUATION_SEED,
-            problems=problems or 128,
+            problems=count,
             max_tokens=recipe.evaluation.max_tokens,
             modes=modes,
             samples=samples,
-            sampled_problems=problems or 128,
+            sampled_problems=count,
         )
 
-    result = {"evaluation": f"{model.name}, {split or 'test'}", "split": split or "test"}
-    result |= table(scores(False, True, samples or 16), recipe.reasoning_tasks)
+    result = {"evaluation": f"{model.name}, {part}", "split": part}
+    result |= table(scores(False, True, tries), recipe.reasoning_tasks)
     return result | {"hard": {name: score.as_json() for name, score in scores(True, False, 0).items()}}
 
 

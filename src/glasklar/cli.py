@@ -110,7 +110,7 @@ def _train(name: str, run: Path | None, runtime: Runtime, seed: int | None = Non
             + (f" --run {run}" if run else "")
             + (f" --seed {seed}" if seed is not None else "")
         )
-        err.print(f"\nstopped; nothing is lost since the last checkpoint. Go on with: [bold]{again}[/]")
+        err.print(f"\nstopped; steps since the last checkpoint will be done again. Go on with: [bold]{again}[/]")
         raise typer.Exit(130) from None
     err.print(f"model: {folder / 'model'}\nreport: {folder / 'report.html'}")
 
