@@ -24,13 +24,13 @@ import torch  # noqa: E402  the environment comes first
 from glasklar.corpus import prepare as prepare_corpus  # noqa: E402
 from glasklar.data.batches import PackedDocuments, Packer  # noqa: E402
 from glasklar.data.procedural import Mixture, as_exchange  # noqa: E402
+from glasklar.learn.objectives import LanguageConfig, language_loss  # noqa: E402
+from glasklar.learn.optim import make_optimizer  # noqa: E402
 from glasklar.loading import load  # noqa: E402
 from glasklar.model.init import build, initialise  # noqa: E402
 from glasklar.ops.select import select  # noqa: E402
 from glasklar.recipe import PretrainStage, Recipe, load_recipe  # noqa: E402
 from glasklar.stages import LanguageRunner  # noqa: E402
-from glasklar.train.objectives import LanguageConfig, language_loss  # noqa: E402
-from glasklar.train.optim import make_optimizer  # noqa: E402
 
 LAB = Path(__file__).parents[1] / "docs" / "lab"
 LAST = 50  # steps whose mean load counts

@@ -56,12 +56,12 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 def recording(run: Path, runtime: Runtime, steps: int) -> dict[str, float]:
     """Turns of training with and without the record, in one process, one after the other."""
     from glasklar.corpus import prepare as prepare_corpus
+    from glasklar.learn.state import save_state
     from glasklar.provenance.energy import EnergyMeter
     from glasklar.provenance.files import write_tensors
     from glasklar.provenance.rundir import RunDir
     from glasklar.recipe import Recipe
     from glasklar.segment import Segment
-    from glasklar.train.state import save_state
     from glasklar.training import Training
 
     recipe = Recipe.read(RunDir(run).recipe(), "recipe.json")
@@ -112,12 +112,12 @@ def parts(run: Path) -> dict[str, float]:
     from glasklar.audit.seal import seal
     from glasklar.corpus import select
     from glasklar.data.documents import document_trees
+    from glasklar.learn.state import load_state, state_hash
     from glasklar.provenance.ledger import Ledger
     from glasklar.provenance.metrics import Metrics
     from glasklar.provenance.rundir import RunDir
     from glasklar.provenance.signing import Signer
     from glasklar.recipe import Recipe
-    from glasklar.train.state import load_state, state_hash
 
     facts = RunFacts.read(RunDir(run))
     loaded = [load_state(path) for path in (run / "checkpoints").iterdir() if path.is_dir()]

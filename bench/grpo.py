@@ -22,6 +22,8 @@ from glasklar.data.procedural import Mixture
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.engine.engine import Engine
 from glasklar.eval.answers import ask
+from glasklar.learn.loop import train_step
+from glasklar.learn.optim import make_optimizer
 from glasklar.model.checkpoint import save_model
 from glasklar.model.init import build, initialise
 from glasklar.ops.select import select
@@ -29,8 +31,6 @@ from glasklar.recipe import Recipe, RLStage, load_recipe
 from glasklar.rl.objective import group_advantages, policy_loss
 from glasklar.rl.rollout import pack
 from glasklar.runtime import Runtime
-from glasklar.train.loop import train_step
-from glasklar.train.optim import make_optimizer
 
 PROMPTS, SAMPLES, TOKENS = 16, 16, 48
 STEPS, WARM = 6, 2

@@ -15,6 +15,9 @@ from torch import Tensor
 from glasklar.corpus import Corpus
 from glasklar.data.batches import Batch, Packer
 from glasklar.eval.text import bits_per_byte, bits_per_byte_of
+from glasklar.learn.loop import train_step
+from glasklar.learn.objectives import language_loss, targets, weighted_mean
+from glasklar.learn.optim import make_optimizer
 from glasklar.model.attention import document_mask
 from glasklar.model.config import ModelConfig
 from glasklar.model.cost import count_parameters, training_flops_per_token
@@ -22,9 +25,6 @@ from glasklar.model.init import build, initialise
 from glasklar.ops.select import select
 from glasklar.recipe import PretrainStage
 from glasklar.runtime import Runtime
-from glasklar.train.loop import train_step
-from glasklar.train.objectives import language_loss, targets, weighted_mean
-from glasklar.train.optim import make_optimizer
 
 # Fields that make a network of ours dense; its width is set by `equal_active`.
 DENSE = {"n_routed_experts": None, "num_experts_per_tok": None, "n_shared_experts": 0, "moe_intermediate_size": None,

@@ -90,10 +90,10 @@ def continue_for(seconds: float, name: str, recipe: Any, folder: Path, runtime: 
     from glasklar.data.procedural import Mixture
     from glasklar.engine.engine import Engine
     from glasklar.eval.tasks import evaluate_tasks, table
+    from glasklar.learn.optim import make_optimizer
     from glasklar.pipeline import state_after
     from glasklar.recipe import RLStage, SFTStage
     from glasklar.stages import LanguageRunner, PolicyRunner, Runner
-    from glasklar.train.optim import make_optimizer
 
     corpus = prepare_corpus(recipe, folder / "data")
     index, sft = next((i, s) for i, s in enumerate(recipe.stages) if isinstance(s, SFTStage))

@@ -27,12 +27,12 @@ THREADS = runtime.prepare()
 import torch  # noqa: E402  the environment comes first
 
 from glasklar.data.batches import Batch  # noqa: E402
+from glasklar.learn.loop import train_step  # noqa: E402
+from glasklar.learn.objectives import LanguageConfig, language_loss  # noqa: E402
+from glasklar.learn.optim import OptimizerConfig, make_optimizer  # noqa: E402
 from glasklar.model.config import ModelConfig  # noqa: E402
 from glasklar.model.init import build, initialise  # noqa: E402
 from glasklar.ops.select import Ops, select  # noqa: E402
-from glasklar.train.loop import train_step  # noqa: E402
-from glasklar.train.objectives import LanguageConfig, language_loss  # noqa: E402
-from glasklar.train.optim import OptimizerConfig, make_optimizer  # noqa: E402
 
 VOCAB = 512
 # Rows and their length, then the network: "spark" is the recipe's (0.6M active of 1.1M parameters), "S" has 2.2M active

@@ -16,11 +16,11 @@ import pytest
 
 from glasklar import api
 from glasklar.errors import CheckpointError
+from glasklar.learn.state import saved_hash
 from glasklar.provenance.hashing import sha256_file
 from glasklar.provenance.ledger import read_ledger
 from glasklar.provenance.metrics import read_metrics
 from glasklar.runtime import Runtime
-from glasklar.train.state import saved_hash
 from smoke import SMOKE
 
 KILLS, STEPS = 10, 16

@@ -5,7 +5,7 @@
     run = glasklar.train("spark", run="runs/spark")              # a recipe, carried out or resumed
     model = glasklar.load(run)                                   # a run, a Hugging Face folder, or the name of a run
     model.logits([1, 2, 3])                                      # fp32, [T, W]
-    glasklar.Engine(model.network).generate([[1, 2, 3]], glasklar.SamplingParams(max_tokens=8))
+    glasklar.Engine(model).generate([[1, 2, 3]], glasklar.SamplingParams(max_tokens=8))
     glasklar.evaluate(model)                                     # accuracy on its own tasks, unseen problems
     glasklar.plan("deepseek-v3", hardware="h800", tokens=14.8e12).hours
     glasklar.verify(run).verdict                                 # "holds" or "fails"; str() of it says what and why
@@ -18,16 +18,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glasklar.engine.engine import Engine
     from glasklar.engine.request import SamplingParams
     from glasklar.loading import Model
-    from glasklar.python import evaluate, load, plan, train, verify
+    from glasklar.python import Engine, evaluate, load, plan, train, verify
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "Model", "SamplingParams", "__version__", "evaluate", "load", "plan", "train", "verify"]
 
 _HOMES = {
-    "Engine": "glasklar.engine.engine",
+    "Engine": "glasklar.python",
     "SamplingParams": "glasklar.engine.request",
     "Model": "glasklar.loading",
     "load": "glasklar.python",

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from glasklar.corpus import Corpus, only_tasks, prepare
 from glasklar.errors import CheckpointError
+from glasklar.learn.state import checkpoint_name, latest, load_state, prune, save_state, saved_hash
 from glasklar.measuring import Measuring
 from glasklar.model.checkpoint import save_model
 from glasklar.model.transformer import Transformer
@@ -23,7 +24,6 @@ from glasklar.recipe import PretrainStage, Recipe, RLStage
 from glasklar.rl.doctor import NORMAL
 from glasklar.runtime import Runtime
 from glasklar.segment import Segment, work_after
-from glasklar.train.state import checkpoint_name, latest, load_state, prune, save_state, saved_hash
 from glasklar.training import AnyStage, Position, Training, state_at
 
 KEPT_CHECKPOINTS = 2

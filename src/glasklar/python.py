@@ -10,11 +10,21 @@ from glasklar import api
 from glasklar.audit.findings import Findings
 from glasklar.audit.verify import locate
 from glasklar.audit.verify import verify as check
+from glasklar.engine import engine
+from glasklar.engine.packed import PackedModel
 from glasklar.loading import Model, find_model, packed_under
 from glasklar.loading import load as load_folder
 from glasklar.model.plan import Plan
+from glasklar.model.transformer import Transformer
 from glasklar.provenance.rundir import home
 from glasklar.runtime import Runtime, prepare, start
+
+
+class Engine(engine.Engine):
+    """`engine.engine.Engine`, which documents the settings, for a loaded model or the network within one."""
+
+    def __init__(self, model: Model | Transformer | PackedModel, **settings: Any) -> None:
+        super().__init__(model.network if isinstance(model, Model) else model, **settings)
 
 
 def runtime(threads: int | None = None) -> Runtime:
@@ -36,10 +46,12 @@ def train(recipe: str, *, run: str | Path | None = None, seed: int | None = None
 
 
 def evaluate(
-    model: Model, *, split: str | None = None, problems: int | None = None, samples: int | None = None
+    model: Model | str | Path, *, split: str | None = None, problems: int | None = None, samples: int | None = None
 ) -> dict[str, Any]:
-    """Accuracy of a model on the tasks of its own recipe; see `api.evaluate`."""
-    return api.evaluate(model, split=split, problems=problems, samples=samples)
+    """Accuracy of a model, loaded or by name or folder, on the tasks of its own recipe; see `api.evaluate`."""
+    return api.evaluate(
+        model if isinstance(model, Model) else load(model), split=split, problems=problems, samples=samples
+    )
 
 
 def plan(target: str, *, hardware: str = "cpu-2-cores", tokens: float | None = None) -> Plan:

@@ -14,12 +14,12 @@ from glasklar.data.cleaning import Cleaning
 from glasklar.data.documents import HubSource, JsonlSource, ParquetSource, StdlibSource, TextSource
 from glasklar.data.procedural import Mixture, TaskEntry, TaskSource
 from glasklar.errors import RecipeError
+from glasklar.learn.objectives import LanguageConfig
+from glasklar.learn.optim import OptimizerConfig
+from glasklar.learn.schedule import ScheduleConfig
 from glasklar.model.config import ModelConfig
 from glasklar.rl.loop import RolloutConfig
 from glasklar.runtime import Precision
-from glasklar.train.objectives import LanguageConfig
-from glasklar.train.optim import OptimizerConfig
-from glasklar.train.schedule import ScheduleConfig
 
 Source = Annotated[
     TaskSource | TextSource | JsonlSource | ParquetSource | HubSource | StdlibSource, Field(discriminator="kind")

@@ -10,13 +10,13 @@ from glasklar.data.batches import Batch, Packer
 from glasklar.data.procedural import Mixture
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.engine.engine import Engine
+from glasklar.learn.loop import StepResult, train_step
+from glasklar.learn.objectives import language_loss
+from glasklar.learn.optim import Optimizer
 from glasklar.model.transformer import Transformer
 from glasklar.recipe import PretrainStage, RLStage, SFTStage
 from glasklar.rl.doctor import examine
 from glasklar.rl.loop import rl_step
-from glasklar.train.loop import StepResult, train_step
-from glasklar.train.objectives import language_loss
-from glasklar.train.optim import Optimizer
 
 
 class Runner(Protocol):

@@ -14,14 +14,14 @@ from glasklar.data.batches import PackedDocuments, Packer
 from glasklar.data.procedural import Mixture
 from glasklar.engine.engine import Engine
 from glasklar.engine.paged_runner import computed_by
+from glasklar.learn.optim import Optimizer, make_optimizer
+from glasklar.learn.state import checkpoint_name, load_state
 from glasklar.model.init import build, initialise
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import select
 from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
 from glasklar.runtime import Runtime
 from glasklar.stages import LanguageRunner, PolicyRunner, Runner
-from glasklar.train.optim import Optimizer, make_optimizer
-from glasklar.train.state import checkpoint_name, load_state
 
 AnyStage = PretrainStage | SFTStage | RLStage
 

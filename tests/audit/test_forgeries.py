@@ -19,11 +19,11 @@ from glasklar.audit.report import write_report
 from glasklar.audit.seal import MODEL_KIND, RUN_KIND
 from glasklar.audit.verify import verify
 from glasklar.errors import CheckpointError, RecordError
+from glasklar.learn.state import load_state, save_state
 from glasklar.provenance.hashing import canonical_json, sha256_file
 from glasklar.provenance.rundir import ATTESTATION, RunDir
 from glasklar.provenance.signing import PAYLOAD_TYPE, Signer, open_envelope, read_envelope
 from glasklar.runtime import Runtime
-from glasklar.train.state import load_state, save_state
 
 Change = Callable[[list[dict]], None]
 

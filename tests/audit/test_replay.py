@@ -15,11 +15,11 @@ from glasklar.audit.findings import Findings
 from glasklar.audit.replay import Record, Stretch, draw, replay
 from glasklar.audit.verify import verify
 from glasklar.errors import RecordError, RequestError
+from glasklar.learn.state import load_state, save_state
 from glasklar.provenance.ledger import Event
 from glasklar.provenance.rundir import RunDir
 from glasklar.provenance.signing import Signer
 from glasklar.runtime import Runtime
-from glasklar.train.state import load_state, save_state
 
 PRETRAINED, SFT, RL = "00-pretrain-00000008", "01-sft-00000004", "02-rl-00000004"
 

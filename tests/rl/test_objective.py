@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from glasklar.data.batches import Batch
+from glasklar.learn.objectives import LanguageConfig
 from glasklar.model.config import ModelConfig
 from glasklar.model.init import build, initialise
 from glasklar.model.transformer import Transformer
 from glasklar.rl.doctor import examine
 from glasklar.rl.objective import PolicyBatch, PolicyConfig, group_advantages, k3, policy_loss, token_logprobs
-from glasklar.train.objectives import LanguageConfig
 
 PLAIN = LanguageConfig(mtp_weight=0.0, balance_weight=0.0)
 

@@ -35,7 +35,7 @@ def mof_components(m: dict[str, Any]) -> list[Component]:
     return [
         Component("Model architecture", "III", "src/glasklar/model", code, "one definition for training and serving"),
         Component("Data preprocessing code", "I", "src/glasklar/data", code, "documents, tokenizer, packing"),
-        Component("Training code", "II", "src/glasklar/train", code, "step loops, reinforcement in src/glasklar/rl"),
+        Component("Training code", "II", "src/glasklar/learn", code, "step loops, reinforcement in src/glasklar/rl"),
         Component("Inference code", "II", "src/glasklar/engine", code, "the engine, and the server in serve"),
         Component("Evaluation code", "II", "src/glasklar/eval", code, "checkers decide, no learned judge"),
         Component("Supporting libraries and tools", "", "src/glasklar", code, "audit, provenance, planning"),

@@ -24,6 +24,7 @@ from glasklar.audit.verify_contents import unknown_form
 from glasklar.audit.verify_replays import REPLAY_KIND, checkpoint_events, coverage, read_replays
 from glasklar.corpus import Corpus, prepare
 from glasklar.errors import CheckpointError, RecordError, RequestError
+from glasklar.learn.state import checkpoint_name, load_state, state_hash
 from glasklar.measuring import Measuring
 from glasklar.provenance.environment import code_identity
 from glasklar.provenance.files import write_atomic
@@ -34,7 +35,6 @@ from glasklar.provenance.rundir import RunDir
 from glasklar.provenance.signing import Signer
 from glasklar.recipe import Recipe, RLStage
 from glasklar.runtime import Runtime
-from glasklar.train.state import checkpoint_name, load_state, state_hash
 from glasklar.training import Training
 
 Progress = Callable[[str, int, int], None]

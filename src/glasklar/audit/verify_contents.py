@@ -16,6 +16,7 @@ from glasklar.audit.verify_replays import checkpoint_events
 from glasklar.corpus import REMOVED, TRAIN
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.errors import CheckpointError
+from glasklar.learn.state import load_state
 from glasklar.model.checkpoint import hf_tensors, load_model
 from glasklar.ops.select import select
 from glasklar.provenance.hashing import canonical_json, merkle_root, sha256_file, tensor_hash
@@ -24,7 +25,6 @@ from glasklar.provenance.metrics import read_metrics
 from glasklar.provenance.rundir import RunDir
 from glasklar.recipe import Recipe, load_recipe
 from glasklar.runtime import Runtime
-from glasklar.train.state import load_state
 from glasklar.training import state_at
 
 # What the checks read of an event's data.

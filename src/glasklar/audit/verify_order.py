@@ -8,11 +8,11 @@ from datetime import datetime
 from typing import Any
 
 from glasklar.audit.findings import Findings
+from glasklar.learn.state import checkpoint_name
 from glasklar.provenance.ledger import Event
 from glasklar.provenance.metrics import read_metrics
 from glasklar.provenance.rundir import RunDir
 from glasklar.recipe import Recipe, RLStage
-from glasklar.train.state import checkpoint_name
 
 ONCE = {"run", "data", "tokenizer", "released", "abandoned"}
 KNOWN = ONCE | {"resumed", "checkpoint", "readiness", "evaluation", "stopped", "failed"}

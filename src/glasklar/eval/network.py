@@ -9,8 +9,8 @@ import torch
 from glasklar.data.batches import pack_rows
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.eval.answers import Answer
+from glasklar.learn.objectives import forward, targets
 from glasklar.model.transformer import Transformer
-from glasklar.train.objectives import forward, targets
 
 
 @torch.inference_mode()

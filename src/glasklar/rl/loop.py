@@ -13,12 +13,12 @@ from glasklar.config import Section
 from glasklar.data.procedural import Mixture
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.engine.engine import Engine
+from glasklar.learn.loop import StepResult, train_step
+from glasklar.learn.objectives import LanguageConfig, Loss, language_loss
+from glasklar.learn.optim import Optimizer
 from glasklar.model.transformer import Transformer
 from glasklar.rl.objective import PolicyBatch, PolicyConfig, policy_loss, token_logprobs
 from glasklar.rl.rollout import Groups, pack, sample_groups
-from glasklar.train.loop import StepResult, train_step
-from glasklar.train.objectives import LanguageConfig, Loss, language_loss
-from glasklar.train.optim import Optimizer
 
 
 class RolloutConfig(Section):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from glasklar.config import Section
 from glasklar.data.batches import Batch
+from glasklar.learn.objectives import LanguageConfig, Loss, add_balance, forward, logprobs, targets, weighted_mean
 from glasklar.model.transformer import Transformer
-from glasklar.train.objectives import LanguageConfig, Loss, add_balance, forward, logprobs, targets, weighted_mean
 
 
 class PolicyConfig(Section):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from glasklar.errors import CapacityError, CheckpointError
-from glasklar.train.state import checkpoint_name, latest, load_state, prune, save_state, saved_hash
+from glasklar.learn.state import checkpoint_name, latest, load_state, prune, save_state, saved_hash
 
 
 def tensors(step=0):
@@ -178,7 +178,7 @@ KILLED = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-from glasklar.train.state import checkpoint_name, latest, load_state, prune, save_state
+from glasklar.learn.state import checkpoint_name, latest, load_state, prune, save_state
 
 folder, report = Path(sys.argv[1]), Path(sys.argv[2])
 

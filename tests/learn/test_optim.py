@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from glasklar.errors import CheckpointError, GlasklarError
-from glasklar.train.optim import Optimizer, OptimizerConfig, make_optimizer
+from glasklar.learn.optim import Optimizer, OptimizerConfig, make_optimizer
 
 
 class Net(nn.Module):

@@ -10,9 +10,9 @@ from typing import TypeVar
 from torch import Tensor
 
 from glasklar.errors import GlasklarError
+from glasklar.learn.objectives import Loss
+from glasklar.learn.optim import Optimizer
 from glasklar.model.transformer import Transformer
-from glasklar.train.objectives import Loss
-from glasklar.train.optim import Optimizer
 
 B = TypeVar("B")
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from glasklar.data.batches import Batch
+from glasklar.learn.objectives import LanguageConfig, language_loss
 from glasklar.model.config import ModelConfig
 from glasklar.model.init import build, initialise
 from glasklar.ops.select import tables
-from glasklar.train.objectives import LanguageConfig, language_loss
 
 CONFIG = ModelConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
