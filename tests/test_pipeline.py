@@ -13,13 +13,17 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from glasklar import api
+from glasklar.audit.replay import Record, replay
+from glasklar.audit.verify import verify
 from glasklar.errors import CheckpointError
 from glasklar.learn.state import saved_hash
 from glasklar.provenance.hashing import sha256_file
 from glasklar.provenance.ledger import read_ledger
 from glasklar.provenance.metrics import read_metrics
+from glasklar.provenance.rundir import RunDir
 from glasklar.runtime import Runtime
 from smoke import SMOKE
 
@@ -61,6 +65,19 @@ def test_a_second_run_gives_the_same_states(smoke_run: Path, tmp_path: Path, run
     again = api.train(str(SMOKE), runtime=runtime, home=tmp_path)
     assert state_hashes(again) == state_hashes(smoke_run)
     assert weights(again) == weights(smoke_run)
+
+
+def test_the_precision_of_a_recipe_is_kept_to(tmp_path: Path, runtime: Runtime) -> None:
+    path = tmp_path / "exact.toml"
+    text = SMOKE.read_text(encoding="utf-8").replace('compute = "bf16"', 'compute = "fp32"')
+    path.write_text(text.split('[[stages]]\nkind = "sft"')[0] + text[text.index("[evaluation]") :], encoding="utf-8")
+    run = api.train(str(path), runtime=runtime, home=tmp_path)
+    with safe_open(run / "model" / "model.safetensors", "pt") as tensors:
+        kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    assert kinds == {"F32"}
+    assert read_ledger(run / "ledger.jsonl")[0][0].data["machine"]["compute"] == "fp32"
+    assert verify(run, home=tmp_path).verdict == "holds"
+    assert replay(RunDir(run), Record.stretches, runtime=runtime).verdict == "holds"
 
 
 def test_another_seed_gives_other_states(smoke_run: Path, tmp_path: Path, runtime: Runtime) -> None:

@@ -23,13 +23,22 @@ from glasklar.eval.tasks import evaluate_tasks, table
 from glasklar.eval.text import bits_per_byte
 from glasklar.loading import Model, find_model
 from glasklar.model.checkpoint import read_config
-from glasklar.model.plan import Plan, StageBudget, plan_model, plan_stages
+from glasklar.model.plan import Plan, StageBudget, Workload, plan_model, plan_stages
 from glasklar.model.shapes import load_hardware, load_shape, shape_names
 from glasklar.pipeline import Pipeline, Reporter
 from glasklar.provenance.receipt import engine_identity, make_receipt, model_root
 from glasklar.provenance.rundir import RunDir
 from glasklar.provenance.signing import Signer
-from glasklar.recipe import AnyStage, PretrainStage, Recipe, RLStage, builtin_recipes, load_recipe, recipe_path
+from glasklar.recipe import (
+    AnyStage,
+    DistilStage,
+    PretrainStage,
+    Recipe,
+    RLStage,
+    builtin_recipes,
+    load_recipe,
+    recipe_path,
+)
 from glasklar.runtime import Runtime
 from glasklar.tasks.base import Split
 
@@ -55,12 +64,12 @@ def train(
     folder = run or home / "runs" / loaded.name
     text = recipe_path(recipe).read_text(encoding="utf-8")
     if not RunDir(folder).identity_file.exists():
-        check_sources(loaded)  # a mistyped path claims no folder
+        check_sources(loaded, home)  # a mistyped path claims no folder
     with RunDir.create_or_open(folder, loaded.canonical(), text) as opened:
         new = not opened.ledger.events
         signed = bool(opened.ledger.of("released")) and opened.attestation_file.exists()
         try:
-            Pipeline(loaded, opened, runtime, reporter or QuietReporter()).execute()
+            Pipeline(loaded, opened, runtime, reporter or QuietReporter(), home).execute()
         except DataError:
             if new and not opened.ledger.of("data"):
                 opened.withdraw()  # what has not even data is no run, and its name is free for the mended recipe
@@ -218,7 +227,9 @@ def plan(target: str, *, hardware: str, home: Path, tokens: float | None = None)
         if tokens is not None:
             raise RecipeError(f"--tokens {tokens:g}: a recipe has its own budget; leave it out")
         recipe = load_recipe(target)
-        return plan_stages(recipe.model, [budget(stage) for stage in recipe.stages], device)
+        return plan_stages(
+            recipe.model, [budget(stage, home) for stage in recipe.stages], device, workload=workload(recipe)
+        )
     if target in shape_names():
         return plan_model(load_shape(target).config, device, tokens=tokens)
     try:
@@ -229,10 +240,30 @@ def plan(target: str, *, hardware: str, home: Path, tokens: float | None = None)
     return plan_model(config, device, tokens=tokens)
 
 
-def budget(stage: AnyStage) -> StageBudget:
-    """Tokens of a stage and length of its rows: trained ones; for RL the most and longest that its answers may get."""
+def workload(recipe: Recipe) -> Workload:
+    """How a recipe trains and is served: its longest rows, its largest batch, its optimisers."""
+    lengths = [stage.rollout.length if isinstance(stage, RLStage) else stage.length for stage in recipe.stages]
+    batches = [
+        (stage.rollout.rows_multiple if isinstance(stage, RLStage) else stage.micro or stage.rows) * length
+        for stage, length in zip(recipe.stages, lengths, strict=True)
+    ]
+    kinds = [stage.optimizer.kind for stage in recipe.stages]
+    largest = "adamw" if "adamw" in kinds else kinds[0]
+    return Workload(context=max(lengths), batch_tokens=max(batches), optimizer=largest)
+
+
+def budget(stage: AnyStage, home: Path) -> StageBudget:
+    """Tokens of a stage and length of its rows: trained ones; for RL, and beside them for a teacher that is found, the
+    most and longest that answers may get."""
     if isinstance(stage, RLStage):
         rollout = stage.rollout
         made = stage.steps * rollout.rounds * rollout.prompts * rollout.samples * rollout.max_tokens
         return StageBudget(stage.kind, made, "rl", rollout.length)
-    return StageBudget(stage.kind, stage.steps * stage.rows * stage.length, stage.kind, stage.length)
+    trained = StageBudget(stage.kind, stage.steps * stage.rows * stage.length, stage.kind, stage.length)
+    if isinstance(stage, DistilStage):
+        try:
+            teacher = read_config(find_model(stage.teacher, home))
+        except CheckpointError:  # the plan says that it counts a teacher only where it is at hand
+            return trained
+        return trained._replace(taught=float(stage.problems * stage.samples * stage.max_tokens), teacher=teacher)
+    return trained

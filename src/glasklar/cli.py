@@ -400,6 +400,7 @@ def replay(
             RunDir(folder),
             choose,
             runtime=runtime,
+            home=_home(),
             signer=Signer.open(_home()) if sign else None,
             rebuild_data=rebuild_data,
             tolerance=tolerance,

@@ -4,6 +4,7 @@
     removed.jsonl        documents that are not trained on, and why, by hash (recipes with text of their own)
     tokenizer.json, …    made from the documents
     train.safetensors    packed tokens
+    traces-NN.jsonl      a teacher's right answers, for stage number NN (recipes that distil)
 
 Made once per run; a later start finds the files, checks their hashes and goes on.
 """
@@ -32,7 +33,8 @@ from glasklar.data.documents import (
 )
 from glasklar.data.procedural import Mixture, TaskSource, demonstrations, documents
 from glasklar.data.tokenizer import SPECIAL, Tokenizer
-from glasklar.errors import CheckpointError
+from glasklar.distil import Teachers, Trace, find_teacher, make_traces, read_traces, stages_taught, traces_name
+from glasklar.errors import CheckpointError, DataError
 from glasklar.provenance.files import write_atomic
 from glasklar.provenance.hashing import SourceTrees, canonical_json, sha256_file
 from glasklar.recipe import Recipe, SFTStage
@@ -44,11 +46,13 @@ EVALUATION_SEED = 7
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What training reads. `facts` goes into the ledger: counts, bytes, Merkle roots, file hashes."""
+    """What training reads. `facts` goes into the ledger: counts, bytes, Merkle roots, file hashes. `traces`: what a
+    teacher answered, by the number of the stage."""
 
     tokenizer: Tokenizer
     train: PackedDocuments
     held_out: list[Document]
+    traces: dict[int, list[Trace]]
     facts: dict[str, object]
 
 
@@ -61,10 +65,12 @@ class Selection:
     removed: list[Removed]
 
 
-def prepare(recipe: Recipe, folder: Path, workers: int = 1) -> Corpus:
-    """The corpus of a recipe in `folder`, made if it is not there; `workers` threads look for near-duplicates.
+def prepare(recipe: Recipe, folder: Path, workers: int = 1, teachers: Teachers | None = None) -> Corpus:
+    """The corpus of a recipe in `folder`, made if it is not there; `workers` threads look for near-duplicates, and
+    `teachers` answer for stages that distil.
 
-    Raises DataError for sources that hold nothing and CheckpointError for files that are not what the run recorded.
+    Raises DataError for sources that hold nothing and for teachers that are not there, CheckpointError for files that
+    are not what the run recorded.
     """
     facts_path = folder / "facts.json"
     if facts_path.exists():
@@ -97,12 +103,23 @@ def prepare(recipe: Recipe, folder: Path, workers: int = 1) -> Corpus:
         write_atomic(folder / REMOVED, b"".join(lines))
         facts["removed"] = dict(Counter(removed.reason for removed in selection.removed))
         facts["removed_file"] = sha256_file(folder / REMOVED)
+    if taught := stages_taught(recipe):
+        if teachers is None:
+            raise DataError(f"{folder}: the answers of {taught[0][1].teacher!r} are missing, and no teacher is at hand")
+        facts["traces"] = {traces_name(index): make_traces(recipe, index, folder, teachers) for index, _ in taught}
     write_atomic(facts_path, canonical_json(facts))
-    return Corpus(tokenizer=tokenizer, train=packed, held_out=kept_out, facts=facts)
+    return Corpus(tokenizer=tokenizer, train=packed, held_out=kept_out, traces=_traces(recipe, folder), facts=facts)
 
 
-def check_sources(recipe: Recipe) -> None:
-    """Looks whether every source and every file of evaluations is there. Raises DataError, before anything is made."""
+def _traces(recipe: Recipe, folder: Path) -> dict[int, list[Trace]]:
+    return {index: read_traces(folder / traces_name(index)) for index, _ in stages_taught(recipe)}
+
+
+def check_sources(recipe: Recipe, home: Path) -> None:
+    """Looks whether every source, every file of evaluations and every teacher is there. Raises DataError, before
+    anything is made."""
+    for _, stage in stages_taught(recipe):
+        find_teacher(stage, home)
     for source in recipe.sources:
         if not isinstance(source, TaskSource):
             check_source(source)
@@ -250,6 +267,8 @@ def _reopen(recipe: Recipe, folder: Path) -> Corpus:
     found = {"tokenizer.json": tokenizer.hash, TRAIN: sha256_file(path)}
     if "removed_file" in facts:
         recorded[REMOVED], found[REMOVED] = facts["removed_file"], sha256_file(folder / REMOVED)
+    for name, traces in facts.get("traces", {}).items():
+        recorded[name], found[name] = traces["file"], sha256_file(folder / name)
     for name, digest in found.items():
         if digest != recorded[name]:
             raise CheckpointError(
@@ -262,4 +281,10 @@ def _reopen(recipe: Recipe, folder: Path) -> Corpus:
             f"{folder}: the sources no longer hold the {facts['held_out_documents']} documents that were kept from "
             "training, so nothing comparable can be measured; restore the sources as they were, or start a new run"
         )
-    return Corpus(tokenizer=tokenizer, train=PackedDocuments.open(path), held_out=kept_out, facts=facts)
+    return Corpus(
+        tokenizer=tokenizer,
+        train=PackedDocuments.open(path),
+        held_out=kept_out,
+        traces=_traces(recipe, folder),
+        facts=facts,
+    )

@@ -69,7 +69,7 @@ class TerminalReporter:
             transient=False,
             disable=not console.is_terminal,
         )
-        self.name, self.of = "", 0
+        self.name, self.of, self.began = "", 0, 0.0
         self.task: TaskID | None = None
         self.accuracy: float | None = None
         self.warned: set[str] = set()
@@ -118,6 +118,14 @@ class TerminalReporter:
     def note(self, text: str) -> None:
         self.progress.console.print(f"[dim]· {text}[/]")
 
+    def work(self, text: str, done: int, total: int) -> None:
+        """Work before the first step, of which there is no line in the metrics."""
+        if text != self.name:
+            self.began = time.monotonic()
+            self.stage(text, done, total)
+        left = (time.monotonic() - self.began) / done * (total - done) if done else None
+        self._show(done, "" if left is None else f"{minutes(left)} left")
+
 
 class QuietReporter:
     """News of a run that nobody watches."""
@@ -132,6 +140,9 @@ class QuietReporter:
         """Nothing to do."""
 
     def note(self, text: str) -> None:
+        """Nothing to do."""
+
+    def work(self, text: str, done: int, total: int) -> None:
         """Nothing to do."""
 
 

@@ -15,7 +15,7 @@ from glasklar.eval.network import expert_load, second_token_acceptance
 from glasklar.eval.tasks import Scores, evaluate_tasks, mean, table
 from glasklar.eval.text import bits_per_byte
 from glasklar.model.transformer import Transformer
-from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
+from glasklar.recipe import PretrainStage, Recipe, RLStage
 from glasklar.tasks.base import Split
 
 
@@ -47,10 +47,10 @@ class Measuring:
         return bool(self.corpus.held_out) or not isinstance(self.recipe.stages[index], PretrainStage)
 
     def after(self, model: Transformer, index: int) -> dict[str, Any]:
-        """After stage `index`: bits per byte on held-out documents; after SFT and RL the tasks, easy and hard."""
+        """After stage `index`: bits per byte on held-out documents; after all others the tasks, easy and hard."""
         stage, settings = self.recipe.stages[index], self.recipe.evaluation
         line: dict[str, Any] = {"evaluation": f"after {stage.kind}", "split": "test", "step": stage.steps}
-        if isinstance(stage, SFTStage | RLStage):
+        if not isinstance(stage, PretrainStage):
             sampling: dict[str, Any] = {"samples": settings.samples, "sampled_problems": settings.sampled_problems}
             scores = self._scores(model, "test", settings.problems, modes=True, **sampling)
             line |= table(scores, self.recipe.reasoning_tasks) | _examples(scores)

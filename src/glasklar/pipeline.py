@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from glasklar.corpus import Corpus, only_tasks, prepare
+from glasklar.distil import Teachers
 from glasklar.errors import CheckpointError
 from glasklar.learn.state import checkpoint_name, latest, load_state, prune, save_state, saved_hash
 from glasklar.measuring import Measuring
@@ -20,11 +21,11 @@ from glasklar.provenance.environment import describe_environment
 from glasklar.provenance.hashing import sha256_file
 from glasklar.provenance.metrics import START, read_metrics
 from glasklar.provenance.rundir import RunDir
-from glasklar.recipe import PretrainStage, Recipe, RLStage
+from glasklar.recipe import AnyStage, PretrainStage, Recipe, RLStage
 from glasklar.rl.doctor import NORMAL
 from glasklar.runtime import Runtime
 from glasklar.segment import Segment, work_after
-from glasklar.training import AnyStage, Position, Training, state_at
+from glasklar.training import Position, Training, state_at
 
 KEPT_CHECKPOINTS = 2
 
@@ -40,12 +41,16 @@ class Reporter(Protocol):
 
     def note(self, text: str) -> None: ...
 
+    def work(self, text: str, done: int, total: int) -> None: ...
+
 
 class Pipeline:
-    """One run of one recipe. `execute` does what is left to do; it may be called on a finished run."""
+    """One run of one recipe. `execute` does what is left to do; it may be called on a finished run. `home`: where the
+    names of teachers are looked up."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, runtime: Runtime, reporter: Reporter) -> None:
+    def __init__(self, recipe: Recipe, run: RunDir, runtime: Runtime, reporter: Reporter, home: Path) -> None:
         self.recipe, self.run, self.runtime, self.reporter = recipe, run, runtime, reporter
+        self.home = home
         self.training = Training(recipe, runtime)
         self.model = self.training.model
         self.corpus: Corpus
@@ -106,7 +111,10 @@ class Pipeline:
             name = newest.name if newest else None
             ledger.append("resumed", {"checkpoint": name, "machine": machine, "lost": lost})
         self.reporter.note("reading the sources, training the tokenizer")
-        self.corpus = prepare(self.recipe, self.run.path / "data", self.runtime.threads)
+        began, meter = time.monotonic(), EnergyMeter(self.runtime.device).start()
+        teachers = Teachers(home=self.home, runtime=self.runtime, tell=self.reporter.work)
+        self.corpus = prepare(self.recipe, self.run.path / "data", self.runtime.threads, teachers)
+        energy = meter.stop()
         self.measuring = Measuring(self.recipe, self.corpus)
         if not self.corpus.held_out and not only_tasks(self.recipe):
             share = self.recipe.evaluation.held_out
@@ -116,6 +124,9 @@ class Pipeline:
             ledger.append(
                 "tokenizer", {"hash": self.corpus.tokenizer.hash, "vocab_size": self.corpus.tokenizer.vocab_size}
             )
+            if self.corpus.traces:
+                took = {"seconds": time.monotonic() - began, "energy": energy.record(), "cost": energy.cost()}
+                ledger.append("taught", took)
         if newest is None:
             self.run.metrics.cut(START)
         else:

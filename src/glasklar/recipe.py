@@ -13,6 +13,7 @@ from glasklar.config import Section, read_toml
 from glasklar.data.cleaning import Cleaning
 from glasklar.data.documents import HubSource, JsonlSource, ParquetSource, StdlibSource, TextSource
 from glasklar.data.procedural import Mixture, TaskEntry, TaskSource
+from glasklar.engine.packed import Quantisation
 from glasklar.errors import RecipeError
 from glasklar.learn.objectives import LanguageConfig
 from glasklar.learn.optim import OptimizerConfig
@@ -72,6 +73,40 @@ class SFTStage(Stage):
     micro: int | None = Field(default=None, ge=1)
 
 
+class DistilStage(Stage):
+    """A teacher's right answers as demonstrations, loss on the reply alone (R1's distillation): see `distil.py`.
+
+    teacher        a run, a model folder or the hub id of a pulled model
+    teacher_root   the one model of that name that will do, by `model_root` (absent: any; the ledger says which it was)
+    licence        of its answers
+    quantize       its weights as "int8" or "int4", to ask it faster
+    problems       training problems put to it; samples: answers to each, of which every different right one is kept
+    thinking       whether it must think, must not, or chooses (absent)
+    instruction    told to the teacher behind each question, never to the student
+    """
+
+    kind: Literal["distil"] = "distil"
+    teacher: str = Field(min_length=1)
+    teacher_root: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    licence: str = "unknown"
+    quantize: Quantisation | None = None
+    problems: int = Field(ge=1, le=100_000_000)
+    samples: int = Field(default=1, ge=1, le=1024)
+    temperature: float = Field(default=1.0, ge=0)
+    max_tokens: int = Field(default=96, ge=1)
+    thinking: bool | None = None
+    instruction: str = ""
+    rows: int = Field(ge=1)
+    length: int = Field(ge=8)
+    micro: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _varied(self) -> DistilStage:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(f"samples = {self.samples} at temperature = 0 are all equal; take one, or a temperature")
+        return self
+
+
 class Readiness(Section):
     """RL sharpens what a model can already do: it begins only where thinking is right often enough, and clearly better.
 
@@ -94,7 +129,7 @@ class RLStage(Stage):
     evaluate_every: int = Field(default=10, ge=1)
 
 
-AnyStage = Annotated[PretrainStage | SFTStage | RLStage, Field(discriminator="kind")]
+AnyStage = Annotated[PretrainStage | SFTStage | DistilStage | RLStage, Field(discriminator="kind")]
 
 
 class EvaluationConfig(Section):

@@ -14,7 +14,7 @@ from glasklar.learn.loop import StepResult, train_step
 from glasklar.learn.objectives import language_loss
 from glasklar.learn.optim import Optimizer
 from glasklar.model.transformer import Transformer
-from glasklar.recipe import PretrainStage, RLStage, SFTStage
+from glasklar.recipe import DistilStage, PretrainStage, RLStage, SFTStage
 from glasklar.rl.doctor import examine
 from glasklar.rl.loop import rl_step
 
@@ -26,10 +26,15 @@ class Runner(Protocol):
 
 
 class LanguageRunner:
-    """`pretrain` and `sft`: likelihood of packed documents."""
+    """`pretrain`, `sft` and `distil`: likelihood of packed documents."""
 
     def __init__(
-        self, stage: PretrainStage | SFTStage, model: Transformer, optimizer: Optimizer, packer: Packer, device: str
+        self,
+        stage: PretrainStage | SFTStage | DistilStage,
+        model: Transformer,
+        optimizer: Optimizer,
+        packer: Packer,
+        device: str,
     ) -> None:
         self.stage, self.model, self.optimizer, self.packer, self.device = stage, model, optimizer, packer, device
 

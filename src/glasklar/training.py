@@ -3,7 +3,7 @@ terminal and no clock, so that a run and a replay of it go the same way."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from glasklar.corpus import Corpus, demonstration_tokens
 from glasklar.data.batches import PackedDocuments, Packer
 from glasklar.data.procedural import Mixture
+from glasklar.distil import trace_tokens
 from glasklar.engine.engine import Engine
 from glasklar.engine.paged_runner import computed_by
 from glasklar.learn.optim import Optimizer, make_optimizer
@@ -19,11 +20,9 @@ from glasklar.learn.state import checkpoint_name, load_state
 from glasklar.model.init import build, initialise
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import select
-from glasklar.recipe import PretrainStage, Recipe, RLStage, SFTStage
+from glasklar.recipe import DistilStage, Recipe, RLStage, SFTStage
 from glasklar.runtime import Runtime
 from glasklar.stages import LanguageRunner, PolicyRunner, Runner
-
-AnyStage = PretrainStage | SFTStage | RLStage
 
 
 @dataclass(kw_only=True)
@@ -44,6 +43,7 @@ class Training:
     """Weights as the seed makes them, until `restore` puts a checkpoint in their place."""
 
     def __init__(self, recipe: Recipe, runtime: Runtime) -> None:
+        runtime = replace(runtime, compute=recipe.compute)
         self.recipe, self.runtime = recipe, runtime
         self.position = Position()
         self.model = build(recipe.model, select(runtime), device=runtime.device, dtype=runtime.dtype)
@@ -95,6 +95,8 @@ class Training:
         documents = corpus.train
         if isinstance(stage, SFTStage):
             documents = PackedDocuments.of(list(demonstration_tokens(self.recipe, stage, corpus.tokenizer)))
+        if isinstance(stage, DistilStage):
+            documents = PackedDocuments.of(list(trace_tokens(corpus.traces[index], corpus.tokenizer)))
         packer = Packer(documents, rows=stage.rows, length=stage.length, seed=seed)
         return LanguageRunner(stage, self.model, self.optimizer, packer, self.runtime.device)
 
@@ -122,6 +124,7 @@ class Training:
 def state_at(recipe: Recipe, checkpoint: Path, runtime: Runtime) -> Transformer:
     """The model of a checkpoint. Raises CheckpointError if it is not there or damaged."""
     tensors, meta = load_state(checkpoint)
+    runtime = replace(runtime, compute=recipe.compute)
     model = build(recipe.model, select(runtime), device=runtime.device, dtype=runtime.dtype)
     put_back(model, make_optimizer(model, recipe.stages[meta["made_by"]].optimizer), tensors)
     return model

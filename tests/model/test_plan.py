@@ -103,7 +103,7 @@ def test_small_networks_get_a_warning():
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        (("a", 1e6, "distil"), "stage 'a': kind = 'distil'; known kinds are pretrain, sft, rl"),
+        (("a", 1e6, "distill"), "stage 'a': kind = 'distill'; known kinds are pretrain, sft, distil, rl"),
         (("a", 0, "sft"), "stage 'a': tokens = 0; give a positive number"),
         (("a", float("inf"), "sft"), "stage 'a': tokens = inf; give a positive number"),
     ],

@@ -78,7 +78,7 @@ def mof(m: dict[str, Any]) -> str:
         "date": m["released"][:10],
         "type": "language",
         "architecture": "transformer decoder",
-        "treatment": "chat fine-tuned" if {"sft", "rl"} & set(kinds) else "pre-trained",
+        "treatment": "chat fine-tuned" if {"sft", "distil", "rl"} & set(kinds) else "pre-trained",
         "origin": "",
         "producer": "",
         "contact": "",

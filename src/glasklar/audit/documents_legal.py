@@ -39,6 +39,7 @@ def public_summary(m: dict[str, Any], say: Say) -> list[Block]:
     public = [source for source in data["sources"] if source["kind"] == "stdlib"]
     own = [source for source in data["sources"] if source not in synthetic + public]
     none = say("none", "keine")
+    teachers = [source for source in synthetic if source["kind"] == "distil"]
     # Whether somebody's texts are public, licensed or of users, a recipe does not say.
     unsaid = to_fill(say, "whether of the sources under 2.6", "ob von den Quellen unter 2.6") if own else none
     acquired = to_fill(say, "date", "Datum") if public + own else m["released"][:10]
@@ -50,7 +51,11 @@ def public_summary(m: dict[str, Any], say: Say) -> list[Block]:
             [
                 "1.1 " + to_fill(say, "provider, representative, contact", "Anbieter, Bevollmächtigter, Kontakt"),
                 f"1.2 {m['name']} {m['recipe']['hash'][:12]}; "
-                + say("made from no other model; ", "aus keinem anderen Modell entstanden; ")
+                + (
+                    say("learned from another model's answers (2.5); ", "lernte aus Antworten anderer Modelle (2.5); ")
+                    if teachers
+                    else say("made from no other model; ", "aus keinem anderen Modell entstanden; ")
+                )
                 + to_fill(say, "date of placing on the Union market", "Datum des Inverkehrbringens in der Union"),
                 say("1.3 Text: ", "1.3 Text: ")
                 + f"{size_class(data['tokens'], say)} ({data['tokens']:,} "
@@ -71,7 +76,11 @@ def public_summary(m: dict[str, Any], say: Say) -> list[Block]:
                 say("2.4 Data of users: ", "2.4 Daten von Nutzern: ") + unsaid,
                 say("2.5 Synthetic: ", "2.5 Synthetisch: ")
                 + (", ".join(source["name"] for source in synthetic) or none)
-                + say("; made by programs, by no AI model", "; erzeugt von Programmen, von keinem KI-Modell"),
+                + (
+                    say("; the rest made by programs", "; das Übrige erzeugt von Programmen")
+                    if teachers
+                    else say("; made by programs, by no AI model", "; erzeugt von Programmen, von keinem KI-Modell")
+                ),
                 say("2.6 Other: ", "2.6 Sonstige: ") + (_named(own) or none),
             ]
         ),

@@ -30,11 +30,11 @@ def manifest(facts: RunFacts) -> dict[str, Any]:
         "name": recipe["name"],
         "description": recipe.get("description", ""),
         "released": next(event.time for event in reversed(facts.events) if event.event == "released"),
-        "licence": BUILT_IN_LICENCE if _built_in(recipe) else "other",
+        "licence": BUILT_IN_LICENCE if _built_in(recipe) and "traces" not in data else "other",
         "languages": ["en", "de"] if _built_in(recipe) else [],
         "recipe": {"hash": run["recipe"], "seed": run["seed"]},
         "model": _model(recipe),
-        "data": {**data, "sources": [_source(source) for source in recipe["sources"]]},
+        "data": {**data, "sources": [*map(_source, recipe["sources"]), *map(_taught, data.get("traces", {}).values())]},
         "tasks": [{"name": task["name"], "reasoning": task.get("reason", True)} for task in recipe["tasks"]],
         "training": _training(facts),
         "evaluation": facts.after_rl or facts.before_rl or {},
@@ -73,7 +73,7 @@ def _model(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _source(source: dict[str, Any]) -> dict[str, Any]:
-    """synthetic: made by programs of this project, without any person's or model's text."""
+    """synthetic: made by programs of this project or by a model; of the latter, its root is named."""
     kind = source["kind"]
     names = {"tasks": "problems made up by programs", "stdlib": "source of the Python standard library"}
     licences = {"tasks": "CC0-1.0", "stdlib": "PSF-2.0"}
@@ -83,6 +83,17 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
         "licence": licences.get(kind) or source.get("licence", "unknown"),
         "date": source.get("date", ""),
         "synthetic": kind == "tasks",
+    }
+
+
+def _taught(traces: dict[str, Any]) -> dict[str, Any]:
+    """A teacher's answers as a source."""
+    return {
+        "kind": "distil",
+        "name": f"{traces['kept']:,} right answers of the model {traces['teacher']} ({traces['teacher_root'][:16]}…)",
+        "licence": traces["licence"],
+        "date": "",
+        "synthetic": True,
     }
 
 

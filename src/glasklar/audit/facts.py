@@ -138,10 +138,23 @@ class RunFacts:
         return fmean(values) if values else None
 
     def costs(self) -> list[StageCost]:
-        """One entry a kind of stage, in the order of the run."""
+        """One entry a kind of stage, in the order of the run; what teachers took comes first, as "teacher"."""
         segments = self.of("checkpoint")
         kinds = unique(segment["stage"] for segment in segments)
-        return [self._cost(kind, [segment for segment in segments if segment["stage"] == kind]) for kind in kinds]
+        taught = [
+            StageCost(
+                kind="teacher",
+                steps=0,
+                tokens=0,
+                seconds=data["seconds"],
+                flops=sum(traces["flops"] for traces in self.of("data")[0].get("traces", {}).values()),
+                joules=data["energy"]["joules"],
+            )
+            for data in self.of("taught")
+        ]
+        return taught + [
+            self._cost(kind, [segment for segment in segments if segment["stage"] == kind]) for kind in kinds
+        ]
 
     def _cost(self, kind: str, segments: Sequence[dict[str, Any]]) -> StageCost:
         tokens, before = 0, 0
@@ -160,7 +173,7 @@ class RunFacts:
     @property
     def energy_source(self) -> str:
         """Every source that measured a segment, with its boundary."""
-        records = [segment["energy"] for segment in self.of("checkpoint")]
+        records = [segment["energy"] for name in ("taught", "checkpoint") for segment in self.of(name)]
         return "; ".join(unique(f"{record['source']}: {record['boundary']}" for record in records))
 
     def warnings(self) -> list[str]:

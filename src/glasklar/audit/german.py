@@ -40,6 +40,7 @@ LABELS = {
     "KL to the start": "KL zum Anfang",
     "pretraining": "Vortraining",
     "fine-tuning": "Feinschliff",
+    "distillation": "Destillation",
     "reinforcement": "Verstärkung",
     "million tokens": "Millionen Token",
     "loss, nats a token": "Verlust, Nats je Token",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from glasklar.audit.facts import RunFacts, running_steps, unique
 from glasklar.audit.figures import Line, Panel, draw
 
-STAGES = {"pretrain": "pretraining", "sft": "fine-tuning", "rl": "reinforcement"}
+STAGES = {"pretrain": "pretraining", "sft": "fine-tuning", "distil": "distillation", "rl": "reinforcement"}
 _EACH_LAYER = 6  # up to so many layers have a line each
 
 

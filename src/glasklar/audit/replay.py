@@ -23,6 +23,7 @@ from glasklar.audit.findings import Findings
 from glasklar.audit.verify_contents import unknown_form
 from glasklar.audit.verify_replays import REPLAY_KIND, checkpoint_events, coverage, read_replays
 from glasklar.corpus import Corpus, prepare
+from glasklar.distil import Teachers
 from glasklar.errors import CheckpointError, RecordError, RequestError
 from glasklar.learn.state import checkpoint_name, load_state, state_hash
 from glasklar.measuring import Measuring
@@ -204,6 +205,7 @@ def replay(
     choose: Callable[[Record], Sequence[Stretch]],
     *,
     runtime: Runtime,
+    home: Path | None = None,
     signer: Signer | None = None,
     rebuild_data: bool = False,
     tolerance: float | None = None,
@@ -212,6 +214,7 @@ def replay(
     """Does the chosen stretches again.
 
     choose         e.g. `Record.stretches`, or `lambda record: [record.leading_to("3")]`
+    home           where teachers are looked up whose answers have to be made again
     signer         signs what came out equal into the run's coverage table; None: nothing is written
     rebuild_data   make the training data from their sources again instead of reading what lies in the folder
     tolerance      where the machine is of another class: largest relative difference of a loss that is let pass
@@ -224,7 +227,8 @@ def replay(
     equal: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         rebuild = rebuild_data or not run.data.is_dir()
-        corpus = prepare(record.recipe, Path(scratch) / "data" if rebuild else run.data)
+        teachers = Teachers(home=home, runtime=runtime, tell=progress) if home is not None else None
+        corpus = prepare(record.recipe, Path(scratch) / "data" if rebuild else run.data, teachers=teachers)
         how = "made again from their sources, " if rebuild else ""
         good = f"{how}{record.data['tokens']:,} tokens, Merkle root {record.data['root']}"
         same = corpus.facts == record.data

@@ -257,6 +257,9 @@ def _stage_in_words(stage: dict[str, Any]) -> str:
                 f"supervised fine-tuning, {steps} on {stage['demonstrations']:,} demonstrations, "
                 f"{percent(stage['thoughts'])} of which think before they answer"
             )
+        case "distil":
+            asked = f"{stage['problems']:,} problems x {stage['samples']} answers"
+            what = f"distillation, {steps} on the right ones of {asked} of the model {stage['teacher']}"
         case "rl":
             rollout = stage["rollout"]
             size = f"{rollout['prompts']} problems x {rollout['samples']} answers"

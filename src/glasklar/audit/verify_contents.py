@@ -15,6 +15,7 @@ from glasklar.audit.findings import Findings
 from glasklar.audit.verify_replays import checkpoint_events
 from glasklar.corpus import REMOVED, TRAIN
 from glasklar.data.tokenizer import Tokenizer
+from glasklar.distil import is_right, read_traces, stages_taught, traces_name
 from glasklar.errors import CheckpointError
 from glasklar.learn.state import load_state
 from glasklar.model.checkpoint import hf_tensors, load_model
@@ -32,6 +33,7 @@ FIELDS: dict[str, set[str]] = {
     "run": {"recipe", "seed", "code", "machine", "packages"},
     "data": {"documents", "root", "source_roots", "tokens", "train_file"},
     "tokenizer": {"hash"},
+    "taught": {"seconds", "energy"},
     "checkpoint": {"name", "state_hash", "metrics"},
     "released": {"files"},
 }
@@ -119,9 +121,37 @@ def _data(run: RunDir, recorded: dict[str, Any], tokenizer: dict[str, Any], foun
             f"the recorded list of {removed} documents that were left out, with reasons",
             "another list of documents that were left out than recorded",
         )
+    for index, _ in stages_taught(Recipe.read(run.recipe(), run.identity_file.name)):
+        found.guard(f"data/{traces_name(index)}", partial(_traces, run, index, recorded, found))
     _tokenizer(run.data, tokenizer["hash"], found)
     found.unchecked(
         "data root", "that the documents give this root: `glasklar replay --rebuild-data` makes them from their sources"
+    )
+
+
+def _traces(run: RunDir, index: int, recorded: dict[str, Any], found: Findings) -> None:
+    """A teacher's answers: the recorded ones, right ones, and to training problems, which no evaluation asks."""
+    path = run.data / traces_name(index)
+    facts = recorded["traces"][path.name]
+    subject, recipe = f"data/{path.name}", Recipe.read(run.recipe(), run.identity_file.name)
+    traces = read_traces(path)
+    if not found.expect(
+        sha256_file(path) == facts["file"] and len(traces) == facts["kept"],
+        subject,
+        f"the recorded {len(traces):,} answers of the teacher with the root {facts['teacher_root']}",
+        "other answers of a teacher than recorded",
+    ):
+        return
+    wrong = [line for line, trace in enumerate(traces, start=1) if not is_right(recipe, index, trace)]
+    found.expect(
+        not wrong,
+        f"{subject}, answers",
+        "each is right, by the task's checker, and answers a training problem",
+        f"{len(wrong)} are wrong, or to no training problem of the stage, line {wrong[0] if wrong else 0} the first",
+    )
+    found.unchecked(
+        f"{subject}, teacher",
+        "that the teacher gave these answers: `glasklar replay --rebuild-data` asks it again, where it is at hand",
     )
 
 

@@ -101,9 +101,11 @@ def _documents(run: RunDir, events: list[Event], found: Findings) -> None:
 def _parts(run: RunDir, events: list[Event], found: Findings) -> None:
     """Nothing lies in the folder that is no part of a run. Signed or not, code beside weights is not harmless."""
     released = [event.data["files"] for event in events if event.event == "released"]
+    traces = {name for event in events if event.event == "data" for name in event.data.get("traces", {})}
+    tokenizer = Tokenizer.load(run.data).files() if _has_tokenizer(run) else ()
     inside = {
         "model": {*released[-1], "README.md", ATTESTATION} if released else set(),
-        "data": {"facts.json", TRAIN, REMOVED, *(Tokenizer.load(run.data).files() if _has_tokenizer(run) else ())},
+        "data": {"facts.json", TRAIN, REMOVED, *traces, *tokenizer},
         "dossier": {name.removeprefix("dossier/") for name in documents(RunFacts.read(run))},
     }
     top = PARTS if released else PARTS - {"report.md", "report.html"}

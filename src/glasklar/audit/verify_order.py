@@ -8,13 +8,14 @@ from datetime import datetime
 from typing import Any
 
 from glasklar.audit.findings import Findings
+from glasklar.distil import stages_taught
 from glasklar.learn.state import checkpoint_name
 from glasklar.provenance.ledger import Event
 from glasklar.provenance.metrics import read_metrics
 from glasklar.provenance.rundir import RunDir
 from glasklar.recipe import Recipe, RLStage
 
-ONCE = {"run", "data", "tokenizer", "released", "abandoned"}
+ONCE = {"run", "data", "tokenizer", "taught", "released", "abandoned"}
 KNOWN = ONCE | {"resumed", "checkpoint", "readiness", "evaluation", "stopped", "failed"}
 ENDS = {"released", "abandoned"}  # nothing comes after them
 Place = tuple[int, int]  # stage, step
@@ -80,6 +81,7 @@ class Course:
             return "before the data"
         return {
             "resumed": self._resumed,
+            "taught": self._taught,
             "checkpoint": self._checkpoint,
             "readiness": self._readiness,
             "evaluation": self._evaluation,
@@ -95,6 +97,9 @@ class Course:
         self.measured = {index for index in self.measured if index < place[0]}
         self.skipped = {index for index in self.skipped if index < place[0]}
         return None
+
+    def _taught(self, data: dict[str, Any]) -> str | None:
+        return None if self.seen[-2:-1] == ["tokenizer"] and stages_taught(self.recipe) else "nobody was taught then"
 
     def _checkpoint(self, data: dict[str, Any]) -> str | None:
         due = self._next()

@@ -47,12 +47,15 @@ def ask(
     temperature: float = 0.0,
     seed: int = 0,
     thinking: bool | None = None,
+    instruction: str = "",
 ) -> list[Answer]:
-    """`samples` judged answers to each problem, problem after problem; `thinking` as in `chat.render`."""
-    prompts = [render(tokenizer, [Message(role="user", content=p.question)], thinking) for _, p in problems]
+    """`samples` judged answers to each problem, problem after problem; `thinking` as in `chat.render`; `instruction`
+    stands in a line behind each question."""
+    behind = f"\n{instruction}" if instruction else ""
+    prompts = [render(tokenizer, [Message(role="user", content=p.question + behind)], thinking) for _, p in problems]
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     params = [
-        SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed + i, stop_ids=(tokenizer.eos_id,))
+        SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed + i, stop_ids=tokenizer.stop_ids)
         for i in range(len(repeated))
     ]
     completions = engine.generate(repeated, params)

@@ -14,7 +14,7 @@ from glasklar.model import cost
 from glasklar.model.config import ModelConfig
 from glasklar.model.cost import OptimizerKind
 
-StageKind = Literal["pretrain", "sft", "rl"]
+StageKind = Literal["pretrain", "sft", "distil", "rl"]
 
 SECONDS_PER_HOUR = 3600
 # Below this many active parameters, small operations and not products take the time; see docs/plan.md.
@@ -65,12 +65,15 @@ def decode_speed(
 
 class StageBudget(NamedTuple):
     """Tokens of a stage: trained ones, or for "rl" sampled ones, which are then also trained on; in sequences of
-    `context` tokens (None: those of the workload)."""
+    `context` tokens (None: those of the workload). For "distil" a teacher samples `taught` tokens before; without
+    `teacher`, its shape, they are not counted."""
 
     name: str
     tokens: float
     kind: StageKind
     context: int | None = None
+    taught: float = 0.0
+    teacher: ModelConfig | None = None
 
 
 class StagePlan(Section):
@@ -86,8 +89,8 @@ class StagePlan(Section):
 class Plan(Section):
     """What to expect. Hours are device hours: n devices take 1/n of them. None where no stage was planned.
 
-    FLOPs per token and the cache speak of the network without MTP; `flops_per_token_mtp` comes on top in "pretrain" and
-    "sft". `devices_*` is how many of the hardware's memories it takes.
+    FLOPs per token and the cache speak of the network without MTP; `flops_per_token_mtp` comes on top in "pretrain",
+    "sft" and "distil". `devices_*` is how many of the hardware's memories it takes.
     """
 
     params_total: int
@@ -193,6 +196,10 @@ def _plan_stage(config: ModelConfig, stage: StageBudget, hardware: Hardware, wor
     else:
         flops += tokens * cost.mtp_flops_per_token(config, context)
         hours = hardware.compute_hours(flops)
+    if stage.teacher is not None:
+        speed = decode_speed(stage.teacher, hardware, context=context, sequences=workload.rollouts)
+        hours += stage.taught / speed / SECONDS_PER_HOUR
+        flops += stage.taught * cost.decode_flops_per_token(stage.teacher, context)
     return StagePlan(
         name=name,
         kind=kind,
@@ -235,11 +242,16 @@ def _stage_assumptions(
         "with n devices divide by n. Data, evaluations, checkpoints and failed runs are not included."
     )
     if config.num_nextn_predict_layers:
-        yield "Multi-token prediction is trained in pretraining and SFT (its FLOPs come on top), not in RL."
+        yield "Multi-token prediction is trained in all stages but RL (its FLOPs come on top)."
     if any(stage.kind == "rl" for stage in stages):
         yield (
             f"RL: every token is decoded once, {s.rollouts:,} sequences at a time, and trained on once; prompts and "
             "repeated sampling come on top."
+        )
+    if any(stage.kind == "distil" for stage in stages):
+        yield (
+            f"Distillation: the teacher's answers, of full length and {s.rollouts:,} at a time, are counted where the "
+            "teacher is at hand; its prompts come on top."
         )
     if cost.count_parameters(config).active < SMALL_NETWORK:
         yield "The network is so small that small operations take much of the time: expect up to three times the hours."

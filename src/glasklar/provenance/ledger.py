@@ -25,6 +25,7 @@ EventName = Literal[
     "run",  # recipe, code, installed versions, machine, threads, flags
     "data",  # roots and counts of the documents
     "tokenizer",
+    "taught",  # what the answers of teachers took: seconds, energy, cost; the answers themselves belong to the data
     "readiness",  # whether reinforcement could begin, and the figures that decided it
     "checkpoint",  # see `checkpoint_data`
     "evaluation",

@@ -57,8 +57,14 @@ export class Training {
 
   // Says that thinking was learned only where reinforcement made it better.
   outcome() {
-    const [before, after] = ['after sft', 'after rl'].map((name) => this.evaluations.findLast((line) => line.evaluation === name));
+    const before = this.beforeReinforcement(), after = this.evaluations.findLast((line) => line.evaluation === 'after rl');
     return after?.mean?.greedy > before?.mean?.greedy ? words.doneHeadline : words.doneElse;
+  }
+
+  // The last evaluation of the tasks before reinforcement began, or of all where there is none.
+  beforeReinforcement() {
+    const began = this.evaluations.findIndex((line) => line.evaluation === 'rl step' || line.evaluation === 'after rl');
+    return this.evaluations.slice(0, began < 0 ? undefined : began).findLast((line) => line.tasks);
   }
 
   hero(stage, headline, story, done, timing) {
@@ -99,7 +105,7 @@ export class Training {
 
   scores() {
     const after = this.evaluations.findLast((line) => line.tasks);
-    const before = this.evaluations.find((line) => line.evaluation === 'after sft');
+    const before = this.beforeReinforcement();
     find('scores').replaceChildren();
     if (!after) return;
     const reinforced = before && after !== before;
@@ -151,7 +157,7 @@ export class Training {
   reinforcement(acting) {
     const over = (name) => acting.filter((line) => name in line).map((line) => [line.step, line[name]]);
     const watched = this.evaluations.filter((line) => line.evaluation === 'rl step');
-    const start = this.evaluations.find((line) => line.evaluation === 'after sft');
+    const start = this.beforeReinforcement();
     const tasks = Object.keys(watched[0]?.tasks ?? {});
     const unseen = tasks.map((name) => ({
       name: words.tasks[name] ?? name,

@@ -44,13 +44,13 @@ export const DE = {
   stageNumber: (k, name) => `Stufe ${k} · ${name}`,
   headlines: {
     pretrain: 'Es lernt lesen und rechnen', sft: 'Es lernt, auf Fragen zu antworten',
-    rl: 'Es merkt, dass Nachdenken sich lohnt', distil: 'Es lernt von einem größeren Modell',
+    rl: 'Es merkt, dass Nachdenken sich lohnt', distil: 'Es lernt von einem anderen Modell',
   },
   stories: {
     pretrain: 'Von nichts an lernt das Netz, das nächste Stück Text vorherzusagen: ausgedachte Aufgaben, manche mit Rechenweg.',
     sft: 'Eine begrenzte Zahl von Beispielen zeigt, wie ein Gespräch geht. Die meisten antworten sofort; so tut es das Modell auch, und liegt oft falsch.',
     rl: 'Niemand macht ihm mehr etwas vor. Es versucht mehrere Antworten auf jede neue Aufgabe, und ein Prüfer sagt nur: richtig oder falsch. Sieh zu, wie es anfängt, erst nachzudenken.',
-    distil: 'Es ahmt die Antworten eines größeren Modells nach.',
+    distil: 'Ein anderes Modell hat die Aufgaben beantwortet. Was eine Prüfung für richtig befand, ahmt dieses nach, auch die Gedanken.',
   },
   doneStage: 'Fertig', doneHeadline: 'Es hat gelernt, erst nachzudenken', doneElse: 'Das Modell ist gebaut', doneStory: 'Alle Zahlen sind an Aufgaben gemessen, die es nie gesehen hatte.',
   timing: (step, of, speed, left) => `Schritt ${step} von ${of} · ${speed} Token/s · noch ${left} in dieser Stufe`,

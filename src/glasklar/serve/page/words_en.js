@@ -44,13 +44,13 @@ export const EN = {
   stageNumber: (k, name) => `Stage ${k} · ${name}`,
   headlines: {
     pretrain: 'It learns to read and to reckon', sft: 'It learns to answer questions',
-    rl: 'It finds out that thinking pays', distil: 'It learns from a larger model',
+    rl: 'It finds out that thinking pays', distil: 'It learns from another model',
   },
   stories: {
     pretrain: 'From nothing, the network learns to predict the next piece of text: made-up problems, some with worked thoughts.',
     sft: 'A limited number of examples shows how a conversation goes. Most of them answer at once, so the model does too, and is often wrong.',
     rl: 'Nobody shows it anything any more. It tries several answers to each new problem, and a checker says only right or wrong. Watch it begin to think first.',
-    distil: 'It imitates the answers of a larger model.',
+    distil: 'Another model has answered the problems. What a checker found right, this one imitates, thoughts included.',
   },
   doneStage: 'Done', doneHeadline: 'It has learned to think first', doneElse: 'The model is made', doneStory: 'Every figure below was measured on problems that it had never seen.',
   timing: (step, of, speed, left) => `step ${step} of ${of} · ${speed} tokens/s · ${left} left in this stage`,

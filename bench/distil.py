@@ -1,0 +1,151 @@
+"""Distillation, measured: a small student of `spark` against the same student that has to find out by itself.
+
+    python bench/distil.py                     # seeds 0 1 2; prints a table, keeps the figures in docs/lab/distil.json
+    python bench/distil.py --seeds 1 --json    # one JSON object an arm and seed on stdout
+
+All arms pretrain alike. Then the student learns
+    distil            from the answers that spark had right (the built-in recipe spark-small)
+    sft               from as many demonstrations as spark itself began with, three in ten of which think
+    sft, then rl      the same, and spark's own stage of reinforcement
+    sft, longer rl    the same, with reinforcement for the FLOPs of `distil`, its teacher's answers included
+The teacher is made first, once (seed 0), and kept beside the students in --keep. Its own training counts for none of
+the arms: whoever has no teacher yet pays for it as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from glasklar.recipe import builtin_recipes, load_recipe, recipe_path
+
+ARMS = ("distil", "sft", "sft, then rl", "sft, longer rl")
+STEPS = 30  # of spark's own reinforcement
+
+
+def stage_of(recipe: str, kind: str) -> str:
+    """A stage of a built-in recipe, in TOML, to the blank line that ends it."""
+    begin = f'[[stages]]\nkind = "{kind}"\n'
+    text = recipe_path(recipe).read_text(encoding="utf-8")
+    return begin + text.split(begin)[1].split("\n\n")[0] + "\n\n"
+
+
+def stages_of(arm: str, steps: int) -> str:
+    if arm == "distil":
+        return stage_of("spark-small", "distil")
+    # However little the student can do after SFT, reinforcement begins, so that there is something to compare.
+    rl = stage_of("spark", "rl").replace("accuracy = 0.8, margin = 0.1", "accuracy = 0.0, margin = 0.0")
+    rl = rl.replace(f"steps = {STEPS}\n", f"steps = {steps}\n")
+    return stage_of("spark", "sft") + (rl if "rl" in arm else "")
+
+
+def written(arm: str, steps: int, folder: Path) -> Path:
+    student = recipe_path("spark-small").read_text(encoding="utf-8")
+    text = student.replace(stage_of("spark-small", "distil"), stages_of(arm, steps))
+    path = folder / f"{arm.replace(', ', '-').replace(' ', '-')}-{steps}.toml"
+    path.write_text(text.replace('name = "spark-small"', f'name = "{path.stem}"'), encoding="utf-8")
+    load_recipe(str(path))
+    return path
+
+
+def trained(recipe: str, seed: int, run: Path, home: Path) -> None:
+    """As a person would, in a process of its own; a finished run is taken as it is."""
+    if (run / "report.html").is_file():
+        return
+    command = [sys.executable, "-m", "glasklar.cli", "train", recipe, "--seed", str(seed), "--run", str(run)]
+    subprocess.run(command, check=True, env={**os.environ, "GLASKLAR_HOME": str(home)})
+
+
+def measured(arm: str, seed: int, run: Path) -> dict[str, Any]:
+    """What a run says of itself."""
+    from glasklar.audit.facts import RunFacts
+    from glasklar.provenance.rundir import RunDir
+
+    facts = RunFacts.read(RunDir(run))
+    line = facts.after_rl or facts.before_rl
+    assert line is not None
+    costs = facts.costs()
+    after = [cost for cost in costs if cost.kind != "pretrain"]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "steps": sum(cost.steps for cost in after),
+        **line["mean"],
+        "hard": facts.mean(line, "greedy", "hard"),
+        "flops": sum(cost.flops for cost in after),
+        "seconds": sum(cost.seconds for cost in after),
+        "flops_all": sum(cost.flops for cost in costs),
+        "seconds_all": sum(cost.seconds for cost in costs),
+        "tasks": line["tasks"],
+    }
+
+
+def equal_steps(rows: list[dict[str, Any]]) -> int:
+    """Steps of reinforcement that use up what distillation took beyond fine-tuning."""
+    distil, sft, rl = (fmean(row["flops"] for row in rows if row["arm"] == arm) for arm in ARMS[:3])
+    return max(STEPS, round((distil - sft) / (rl - sft) * STEPS))
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "then",
+        "greedy",
+        "pass@1",
+        "pass@16",
+        "hard",
+        "thinks, tokens",
+        "GFLOP",
+        "seconds",
+        title="spark-small, means over seeds",
+    )
+    for arm in ARMS:
+        own = [row for row in rows if row["arm"] == arm]
+        if not own:
+            continue
+        shares = [fmean(row[name] for row in own) for name in ("greedy", "pass@1", "pass@16", "hard")]
+        spread = [row["greedy"] for row in own]
+        cells = [f"{shares[0]:.1%} ({min(spread):.1%} to {max(spread):.1%})", *(f"{share:.1%}" for share in shares[1:])]
+        table.add_row(
+            f"{arm}, {own[0]['steps']} steps", *cells, f"{fmean(row['length'] for row in own):.0f}",
+            f"{fmean(row['flops'] for row in own) / 1e9:,.0f}", f"{fmean(row['seconds'] for row in own):.0f}",
+        )  # fmt: skip
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--json", action="store_true", help="rows on stdout instead of the table")
+    args = parser.parse_args()
+    assert {"spark", "spark-small"} <= set(builtin_recipes())
+    home: Path = args.keep
+    home.mkdir(parents=True, exist_ok=True)
+    trained("spark", 0, home / "runs" / "spark", home)
+    rows: list[dict[str, Any]] = []
+    for arm in ARMS:
+        steps = equal_steps(rows) if "longer" in arm else STEPS
+        recipe = written(arm, steps, home)
+        for seed in range(args.seeds):
+            run = home / "runs" / f"{recipe.stem}-{seed}"
+            trained(str(recipe), seed, run, home)
+            rows.append(measured(arm, seed, run))
+            if args.json:
+                print(json.dumps(rows[-1]), flush=True)
+    kept = Path(__file__).parents[1] / "docs" / "lab" / "distil.json"
+    kept.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if not args.json:
+        Console(width=120).print(table_of(rows))
+
+
+if __name__ == "__main__":
+    main()

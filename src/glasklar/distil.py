@@ -1,0 +1,179 @@
+"""Distillation: a teacher's answers to a recipe's training problems, of which those that the checkers find right become
+demonstrations (DeepSeek-R1, arXiv 2501.12948, section 2.4; rejection sampling as in its section 2.3.3). Text goes from
+teacher to student, so the two need share neither tokenizer nor shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from glasklar.data.chat import demonstration, parse
+from glasklar.data.procedural import Mixture
+from glasklar.data.tokenizer import Tokenizer
+from glasklar.engine.engine import Engine
+from glasklar.errors import CheckpointError, DataError
+from glasklar.eval.answers import Answer, ask
+from glasklar.loading import find_model, load
+from glasklar.model.cost import decode_flops_per_token
+from glasklar.provenance.files import write_atomic
+from glasklar.provenance.hashing import canonical_json, sha256_file
+from glasklar.provenance.receipt import model_root
+from glasklar.recipe import DistilStage, Recipe
+from glasklar.runtime import Runtime
+
+AT_ONCE = 256  # problems put to the teacher before the next news of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One answer of a teacher. number: of the problem among the training problems of its stage"""
+
+    number: int
+    question: str
+    thought: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teachers:
+    """Where teachers are found and what they run on; `tell` hears what is done, problems asked, and problems in all."""
+
+    home: Path
+    runtime: Runtime
+    tell: Callable[[str, int, int], None] = lambda text, done, total: None
+
+
+def traces_name(index: int) -> str:
+    """The file of stage number `index` among the data of its run."""
+    return f"traces-{index:02d}.jsonl"
+
+
+def stages_taught(recipe: Recipe) -> list[tuple[int, DistilStage]]:
+    return [(index, stage) for index, stage in enumerate(recipe.stages) if isinstance(stage, DistilStage)]
+
+
+def find_teacher(stage: DistilStage, home: Path) -> tuple[Path, str]:
+    """Folder and `model_root` of a stage's teacher.
+
+    Raises DataError where there is none of that name, or another than the recipe asks for.
+    """
+    try:
+        folder = find_model(stage.teacher, home)
+    except CheckpointError as error:
+        raise DataError(f"teacher = {stage.teacher!r}: {error}") from None
+    root = model_root(folder)
+    if stage.teacher_root not in (None, root):
+        raise DataError(
+            f"teacher = {stage.teacher!r}: {folder} has the root {root}, the recipe asks for {stage.teacher_root}; "
+            "give the model that it names, or take teacher_root out"
+        )
+    return folder, root
+
+
+def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers) -> dict[str, Any]:
+    """Lets the teacher of stage `index` answer, and writes what is right to `folder`; returns the facts about it.
+
+    Everything follows from the teacher's weights, the recipe and the class of machine. Raises DataError where the
+    teacher is missing, has no tokenizer, or answers nothing rightly.
+    """
+    stage = recipe.stages[index]
+    assert isinstance(stage, DistilStage)
+    place, root = find_teacher(stage, teachers.home)
+    model = load(place, teachers.runtime, quantize=stage.quantize)
+    if model.tokenizer is None:
+        raise DataError(f"teacher = {stage.teacher!r}: {place} has no tokenizer.json, so it cannot be asked")
+    engine, traces = Engine(model.network), list[Trace]()
+    sampled = right = 0
+    for first in range(0, stage.problems, AT_ONCE):
+        teachers.tell("Teacher", first, stage.problems)
+        count = min(AT_ONCE, stage.problems - first)
+        answers = _asked(recipe, index, engine, model.tokenizer, first, count)
+        sampled += sum(len(answer.completion.ids) for answer in answers)
+        right += sum(answer.correct for answer in answers)
+        traces += _different(answers, model.tokenizer, stage, first)
+    teachers.tell("Teacher", stage.problems, stage.problems)
+    if not traces:
+        raise DataError(
+            f"teacher = {stage.teacher!r}: none of its {stage.problems * stage.samples:,} answers is right, so there "
+            "is nothing to learn from; take another teacher, tell it with `instruction` how to answer, or raise "
+            "max_tokens"
+        )
+    path = folder / traces_name(index)
+    write_atomic(path, b"".join(canonical_json(asdict(trace)) + b"\n" for trace in traces))
+    return {
+        "teacher": stage.teacher,
+        "teacher_root": root,
+        "licence": stage.licence,
+        "problems": stage.problems,
+        "answers": stage.problems * stage.samples,
+        "right": right,
+        "kept": len(traces),
+        "sampled_tokens": sampled,
+        "flops": sampled * decode_flops_per_token(model.config, stage.max_tokens),
+        "file": sha256_file(path),
+    }
+
+
+def _seed(recipe: Recipe, index: int) -> int:
+    """Of the problems of a stage."""
+    return recipe.seed * 1000 + index
+
+
+def _asked(recipe: Recipe, index: int, engine: Engine, tokenizer: Tokenizer, first: int, count: int) -> list[Answer]:
+    stage, seed, mixture = recipe.stages[index], _seed(recipe, index), Mixture.of(recipe.tasks)
+    assert isinstance(stage, DistilStage)
+    return ask(
+        engine,
+        tokenizer,
+        [mixture.draw("train", seed, first + i) for i in range(count)],
+        max_tokens=stage.max_tokens,
+        samples=stage.samples,
+        temperature=stage.temperature,
+        seed=(seed << 32) + first * stage.samples,
+        thinking=stage.thinking,
+        instruction=stage.instruction,
+    )
+
+
+def _different(answers: Sequence[Answer], tokenizer: Tokenizer, stage: DistilStage, first: int) -> Iterator[Trace]:
+    """The right answers, each once, in the order in which they were sampled."""
+    seen: set[Trace] = set()
+    for place, answer in enumerate(answers):
+        if not answer.correct:
+            continue
+        reply = parse(tokenizer, answer.completion.ids, stage.thinking)
+        trace = Trace(
+            number=first + place // stage.samples,
+            question=answer.problem.question,
+            thought=reply.reasoning.strip(),
+            answer=reply.content.strip(),
+        )
+        if trace not in seen:
+            seen.add(trace)
+            yield trace
+
+
+def read_traces(path: Path) -> list[Trace]:
+    """Raises CheckpointError where a line is none of ours."""
+    try:
+        return [Trace(**json.loads(line)) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: no answers of a teacher ({error}); remove its folder to have it made again"
+        ) from None
+
+
+def trace_tokens(traces: Sequence[Trace], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[float]]]:
+    """Ids and loss weights of what the student learns from."""
+    for trace in traces:
+        yield demonstration(tokenizer, trace.question, trace.thought or None, trace.answer)
+
+
+def is_right(recipe: Recipe, index: int, trace: Trace) -> bool:
+    """Whether a trace answers a training problem of stage `index`, and rightly so by the task's checker."""
+    task, problem = Mixture.of(recipe.tasks).draw("train", _seed(recipe, index), trace.number)
+    return problem.question == trace.question and task.check(problem, trace.answer)
