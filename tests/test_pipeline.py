@@ -119,13 +119,22 @@ def test_stopped_it_says_how_to_go_on(smoke_run: Path, tmp_path: Path, sent: sig
         time.sleep(0.01)
     process.send_signal(sent)
     _, said = process.communicate(timeout=60)
-    assert read_ledger(run / "ledger.jsonl")[0][-1].event == "stopped"
+    events = read_ledger(run / "ledger.jsonl")[0]
+    assert [event.event for event in events[-2:]] == ["checkpoint", "stopped"]
+    assert events[-1].data["lost"] is None
+    assert "nothing is lost" in said
     assert process.returncode == 130
     assert "Traceback" not in said
     again = said.replace("\n", " ").partition("Go on with:")[2].split()
     assert again == ["glasklar", "train", str(SMOKE), "--run", str(run)]
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert weights(run) == weights(smoke_run)
+    assert [line["seconds"] for line in read_metrics(run / "metrics.jsonl")] == sorted(
+        line["seconds"] for line in read_metrics(run / "metrics.jsonl")
+    )
+    resumed = next(event.data for event in read_ledger(run / "ledger.jsonl")[0] if event.event == "resumed")
+    assert (resumed["checkpoint"], resumed["lost"]["steps"]) == (events[-2].data["name"], 0)
+    assert verify(run, home=tmp_path).verdict == "holds"
 
 
 def _steps(run: Path) -> list[str]:

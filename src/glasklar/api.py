@@ -25,7 +25,7 @@ from glasklar.loading import Model, find_model
 from glasklar.model.checkpoint import read_config
 from glasklar.model.plan import Plan, StageBudget, Workload, plan_model, plan_stages
 from glasklar.model.shapes import load_hardware, load_shape, shape_names
-from glasklar.pipeline import Pipeline, Reporter
+from glasklar.pipeline import Pipeline, Reporter, Stop
 from glasklar.provenance.receipt import engine_identity, make_receipt, model_root
 from glasklar.provenance.rundir import RunDir
 from glasklar.provenance.signing import Signer
@@ -51,12 +51,14 @@ def train(
     run: Path | None = None,
     seed: int | None = None,
     reporter: Reporter | None = None,
+    stop: Stop | None = None,
 ) -> Path:
     """Carries a recipe out in a run folder, or goes on where it stopped; returns the folder.
 
     recipe   a built-in name or a path
     seed     in place of the recipe's
     run      default: `home`/runs/NAME
+    stop     ends it with a checkpoint, as KeyboardInterrupt
     """
     loaded = load_recipe(recipe)
     if seed is not None:
@@ -69,7 +71,7 @@ def train(
         new = not opened.ledger.events
         signed = bool(opened.ledger.of("released")) and opened.attestation_file.exists()
         try:
-            Pipeline(loaded, opened, runtime, reporter or QuietReporter(), home).execute()
+            Pipeline(loaded, opened, runtime, reporter or QuietReporter(), home, stop).execute()
         except DataError:
             if new and not opened.ledger.of("data"):
                 opened.withdraw()  # what has not even data is no run, and its name is free for the mended recipe

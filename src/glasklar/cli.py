@@ -6,12 +6,15 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +23,9 @@ from rich.markup import escape
 from glasklar.errors import GlasklarError, RecordError, RequestError
 from glasklar.runtime import Runtime, prepare, start
 from glasklar.serve.limits import Limits
+
+if TYPE_CHECKING:
+    from glasklar.pipeline import Stop
 
 app = typer.Typer(
     name="glasklar",
@@ -99,20 +105,40 @@ def train(
 def _train(name: str, run: Path | None, runtime: Runtime, seed: int | None = None) -> None:
     from glasklar.api import train as carry_out
     from glasklar.display import TerminalReporter
-    from glasklar.serve.server import terminable
+    from glasklar.pipeline import Stop
 
+    stop = Stop()
     try:
-        with terminable(), TerminalReporter(err) as reporter:
-            folder = carry_out(name, run=run, runtime=runtime, seed=seed, reporter=reporter, home=_home())
+        with _stoppable(stop), TerminalReporter(err) as reporter:
+            folder = carry_out(name, run=run, runtime=runtime, seed=seed, reporter=reporter, home=_home(), stop=stop)
     except KeyboardInterrupt:
         again = (
             f"glasklar train {name}"
             + (f" --run {run}" if run else "")
             + (f" --seed {seed}" if seed is not None else "")
         )
-        err.print(f"\nstopped; steps since the last checkpoint will be done again. Go on with: [bold]{again}[/]")
+        kept = "nothing is lost" if stop.kept else "steps since the last checkpoint will be done again"
+        err.print(f"\nstopped; {kept}. Go on with: [bold]{again}[/]", soft_wrap=True)
         raise typer.Exit(130) from None
     err.print(f"model: {folder / 'model'}\nreport: {folder / 'report.html'}")
+
+
+@contextmanager
+def _stoppable(stop: Stop) -> Iterator[None]:
+    """Ctrl-C and a service manager's signal ask a run to stop. (What is ignored stays so: `nohup`.)"""
+
+    def ask(*_: object) -> None:
+        stop.ask()
+        # Nothing else may write from here: a signal comes at any moment, also in the middle of a line.
+        os.write(sys.stderr.fileno(), b"\nstopping after this step; once more: at once\n")
+
+    heeded = [sent for sent in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(sent) is not signal.SIG_IGN]
+    before = {sent: signal.signal(sent, ask) for sent in heeded}
+    try:
+        yield
+    finally:
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
 
 
 @app.command()
@@ -422,6 +448,7 @@ def trace(
     """Find the training documents that hold a span verbatim, and the steps that showed them."""
     runtime = _runtime(threads)
     from glasklar.audit import trace as tracing
+    from glasklar.audit.findings import plural
     from glasklar.audit.verify import locate
     from glasklar.provenance.rundir import RunDir
 
@@ -434,7 +461,7 @@ def trace(
         )
     overlaps = tracer.find(query, shortest=shortest)
     result = tracing.as_json(overlaps, tracer.facts["root"])
-    lines = [*map(str, overlaps), f"{len(overlaps)} overlaps: {tracing.LABEL}"]
+    lines = [*map(str, overlaps), f"{plural(len(overlaps), 'overlap')}: {tracing.LABEL}"]
     if states and overlaps:
         [measured] = tracer.likelihoods(overlaps[:1], query, runtime)
         result["states"] = [asdict(state) for state in measured]

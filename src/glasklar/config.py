@@ -79,8 +79,10 @@ def explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
             hint = f"did you mean {near[0]!r}?" if near else "use another."
             lines.append(f"{where}: {place}.kind = {tag!r}: {hint} There are: {', '.join(known)}")
         else:
-            value = json.dumps(item["input"], default=str)
-            lines.append(f"{where}: {place or 'recipe'} = {value[:80]}: {item['msg'].removeprefix('Value error, ')}")
+            # What does not fit together in a section names its values itself; the section has no room in a line.
+            value = "" if isinstance(item["input"], dict) else f" = {json.dumps(item['input'], default=str)[:80]}"
+            said = f"{place}{value}: " if place or value else ""
+            lines.append(f"{where}: {said}{item['msg'].removeprefix('Value error, ')}")
     return "\n".join(lines)
 
 

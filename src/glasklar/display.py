@@ -182,8 +182,8 @@ def plan_table(plan: Plan) -> Table:
         "FLOPs a trained token": f"{plan.flops_per_token_train:.3g}",
         "FLOPs a decoded token": f"{plan.flops_per_token_decode:.3g}",
         "cache a token": f"{plan.cache_bytes_per_token:,} bytes",
-        "memory for training": f"{size(plan.memory_training_bytes)} on {plan.devices_training} device(s)",
-        "memory for serving": f"{size(plan.memory_serving_bytes)} on {plan.devices_serving} device(s)",
+        "memory for training": f"{size(plan.memory_training_bytes)} on {devices(plan.devices_training)}",
+        "memory for serving": f"{size(plan.memory_serving_bytes)} on {devices(plan.devices_serving)}",
         "decoding": f"{plan.decode_tokens_per_second:,.0f} tokens/s",
     }
     for number, stage in enumerate(plan.stages, start=1):
@@ -219,6 +219,10 @@ def models_table(models: list[dict[str, Any]]) -> Table | str:
     for row in models:
         table.add_row(row["name"], row["from"], size(row["bytes"]) if row["bytes"] else "", row["state"])
     return table
+
+
+def devices(number: int) -> str:
+    return "1 device" if number == 1 else f"{number:,} devices"
 
 
 def count(number: float) -> str:

@@ -44,13 +44,35 @@ class Reporter(Protocol):
     def work(self, text: str, done: int, total: int) -> None: ...
 
 
+class Stop:
+    """A wish to stop. While steps are made it is heeded after the one under way, with a checkpoint, so that nothing has
+    to be done again; elsewhere, and for who asks twice, at once. `kept`: it ended with that checkpoint."""
+
+    def __init__(self) -> None:
+        self.stepping = self.asked = self.kept = False
+
+    def ask(self) -> None:
+        """Raises KeyboardInterrupt where it is heeded at once."""
+        if self.asked or not self.stepping:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 class Pipeline:
     """One run of one recipe. `execute` does what is left to do; it may be called on a finished run. `home`: where the
     names of teachers are looked up."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, runtime: Runtime, reporter: Reporter, home: Path) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        runtime: Runtime,
+        reporter: Reporter,
+        home: Path,
+        stop: Stop | None = None,
+    ) -> None:
         self.recipe, self.run, self.runtime, self.reporter = recipe, run, runtime, reporter
-        self.home = home
+        self.home, self.stop = home, stop or Stop()
         self.training = Training(recipe, runtime)
         self.model = self.training.model
         self.corpus: Corpus
@@ -163,16 +185,20 @@ class Pipeline:
             self.training.enter(index)
         runner = self.training.runner(index, self.corpus, self.run.checkpoints)
         segment = self._begin_segment(stage)
+        self.stop.stepping = True
         for step in range(position.step, stage.steps):
             figures = self.training.advance(runner, index)
             self._report(segment.line(step + 1, position.tokens, figures, self.seconds))
             done = step + 1 == stage.steps
             if isinstance(stage, RLStage) and (done or (step + 1) % stage.evaluate_every == 0):
                 self._watch(step + 1)
-            if done or (step + 1) % stage.checkpoint_every == 0:
+            if done or (step + 1) % stage.checkpoint_every == 0 or self.stop.asked:
                 self._checkpoint(index, step + 1, segment)
+                if self.stop.asked:
+                    self.stop.kept = True
+                    raise KeyboardInterrupt
                 segment = self._begin_segment(stage)
-        self.segment = None
+        self.segment, self.stop.stepping = None, False
         self._evaluate(index)
 
     def _ready(self, stage: RLStage) -> bool:

@@ -143,6 +143,10 @@ def test_receipt_finds_its_model_by_its_root(signed: dict[str, Any], home: Path,
     found = verify(path, home=home)
     assert found.verdict == "holds", found
     assert "20 tokens come out the same" in str(found)
+    said = {entry.subject: entry.text for entry in found.entries}
+    assert "your own key" in said["signer"]
+    assert "tokens under the signature" in said["question"]
+    assert "max_tokens = 20" in said["settings"]
     assert find_by_root("00" * 32, home) is None
     elsewhere = verify_receipt(path, home=tmp_path)
     assert [entry.subject for entry in elsewhere.entries if entry.verdict == "unchecked"] == ["signer", "answer"]
@@ -211,6 +215,7 @@ def test_cut_off_answer_is_made_up_to_the_cut(
     found = Findings("answer", "receipt")
     check_answer(cut, model, found)
     assert found.entries[0].verdict == "holds"
+    assert [entry.subject for entry in found.entries if entry.verdict == "unchecked"] == ["end"]
 
 
 def test_setting_of_another_version_is_named(signed: dict[str, Any], home: Path, facts: dict[str, Any]) -> None:

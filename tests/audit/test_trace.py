@@ -172,7 +172,7 @@ def test_steps_of_a_document_longer_than_a_row(tracer: Tracer, tmp_path: Path) -
     """Only the piece that holds the span counts."""
     stage = tracer.recipe.stages[0].replace(length=16)
     recipe = tracer.recipe.replace(stages=(stage, *tracer.recipe.stages[1:]))
-    corpus = Corpus(tokenizer=tracer.tokenizer, train=tracer.packed, held_out=[], facts=tracer.facts)
+    corpus = Corpus(tokenizer=tracer.tokenizer, train=tracer.packed, held_out=[], traces={}, facts=tracer.facts)
     tables = Tables.open(recipe, corpus, tracer.run.data, tmp_path)
     packer = Packer(tracer.packed, rows=stage.rows, length=16, seed=recipe.seed * 1000)
     number = longest(tracer)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from glasklar import api
 from glasklar.audit.findings import Findings
 from glasklar.audit.seal import MODEL_KIND, RUN_KIND, abandon, seal
 from glasklar.audit.verify import verify
+from glasklar.audit.verify_order import Course
 from glasklar.audit.verify_replays import checkpoint_events
 from glasklar.display import QuietReporter
 from glasklar.errors import CheckpointError, RecordError, RequestError
@@ -24,6 +26,7 @@ from glasklar.provenance.ledger import Event, read_ledger
 from glasklar.provenance.receipt import model_root
 from glasklar.provenance.rundir import ATTESTATION, RunDir
 from glasklar.provenance.signing import Signer, open_envelope, read_envelope
+from glasklar.recipe import load_recipe
 from glasklar.runtime import Runtime
 from smoke import SMOKE
 
@@ -505,3 +508,22 @@ def test_run_of_another_code_holds_and_says_so(run: Path, home: Path, monkeypatc
     said = next(e for e in found.entries if e.subject == "code")
     assert said.verdict == "unchecked"
     assert "the code here is another" in said.text
+
+
+def test_a_checkpoint_that_was_not_due_comes_before_a_stop(smoke_run: Path) -> None:
+    recipe = load_recipe(str(smoke_run / "recipe.toml"))
+    events, _ = read_ledger(smoke_run / "ledger.jsonl")
+    place = next(i for i, event in enumerate(events) if event.data.get("name") == "00-pretrain-00000004")
+    early = replace(events[place], data={**events[place].data, "name": "00-pretrain-00000003", "step": 3})
+    stopped = replace(events[place], event="stopped", data={})
+    resumed = replace(events[place], event="resumed", data={"checkpoint": "00-pretrain-00000003"})
+
+    def wrong(*between: Event) -> list[str]:
+        course = Course(recipe)
+        return [why for event in [*events[:place], *between, *events[place:]] if (why := course.take(event))]
+
+    assert not wrong()
+    assert not wrong(early, stopped, resumed)
+    assert wrong(early)[0].startswith("a checkpoint that was not due")
+    assert wrong(early, early, stopped, resumed)
+    assert wrong(stopped, resumed)  # from a state that was never recorded

@@ -54,8 +54,9 @@ def verdicts(web: httpx.Client, reply: str, folder: Path, home: Path, choice: in
     return [(entry.subject, entry.verdict) for entry in result.entries]
 
 
-WHOLE = [(name, "holds") for name in ("signature", "signer", "model", "answer", "end", "log-probabilities")]
-CUT = [(name, "holds") for name in ("signature", "signer", "model", "answer", "log-probabilities")]
+SAID = ("signature", "signer", "model", "question", "settings", "answer")
+WHOLE = [(name, "holds") for name in (*SAID, "end", "log-probabilities")]
+CUT = [*((name, "holds") for name in SAID), ("end", "unchecked"), ("log-probabilities", "holds")]
 
 
 def asked(model: ModelFolder, number: int) -> dict[str, Any]:

@@ -15,6 +15,11 @@ MARKS = {"holds": "holds     ", "fails": "FAILS     ", "unchecked": "unchecked "
 SUMMARY = {"holds": "HOLDS: nothing contradicts the record", "fails": "DOES NOT HOLD"}
 
 
+def plural(count: int, noun: str) -> str:
+    """1 claim, 2 claims."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 @dataclass(frozen=True)
 class Finding:
     """subject: the file or claim in question; text: what was found, in a sentence."""
@@ -71,7 +76,8 @@ class Findings:
         """For people: one line a finding, the verdict last, with what it leaves open."""
         lines = [f"{MARKS[entry.verdict]} {visible(f'{entry.subject}: {entry.text}')}" for entry in self.entries]
         bad, open_ = len(self.failures), sum(entry.verdict == "unchecked" for entry in self.entries)
-        summary = f"{SUMMARY[self.verdict]}{f' ({bad} findings)' if bad else ''}; {open_} claims could not be checked"
+        summary = SUMMARY[self.verdict] + (f" ({plural(bad, 'finding')})" if bad else "")
+        summary += f"; {plural(open_, 'claim')} could not be checked"
         return "\n".join([*lines, "", f"{visible(self.target)}: {summary}"])
 
     def as_json(self) -> dict[str, Any]:

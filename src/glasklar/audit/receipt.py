@@ -6,21 +6,24 @@ prefixes and drafts. On the C++ passes none of that changes a bit, so even the l
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from glasklar.audit.findings import Findings
+from glasklar.audit.findings import Findings, plural
 from glasklar.engine.engine import Engine
 from glasklar.engine.paged_runner import computed_by
 from glasklar.engine.request import Completion, SamplingParams, TokenEvent
 from glasklar.errors import CapacityError, RecipeError, RecordError
+from glasklar.hub import RECORD
 from glasklar.loading import Model, load
 from glasklar.provenance.environment import code_identity
 from glasklar.provenance.hashing import strict_json
 from glasklar.provenance.receipt import Receipt, logprob_digest, model_root, open_receipt
+from glasklar.provenance.signing import own_fingerprint
 from glasklar.runtime import Precision, Runtime, start
 from glasklar.serve.grammar import GuideMaker, GuideSpec
 
@@ -80,7 +83,9 @@ def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: st
         found.fails("receipt", str(error))
         return found
     found.holds("signature", f"valid, made with the Ed25519 key {receipt.signer}")
-    if key is None:
+    if key is None and receipt.signer == own_fingerprint(home):
+        found.holds("signer", "your own key")
+    elif key is None:
         found.unchecked("signer", "whose key it is: compare its fingerprint with what the server's owner publishes")
     else:
         good, bad = "the key is the one that was asked for", f"signed with {receipt.signer}, not with {key}"
@@ -89,7 +94,10 @@ def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: st
         found.fails(", ".join(strange), "stands beside the receipt, where nobody signed it: leave it out")
     folder = find_by_root(receipt.model, home) if model is None else model
     if folder is None:
-        found.unchecked("answer", f"the model {receipt.model} is not among this machine's runs; give --model FOLDER")
+        found.unchecked(
+            "answer",
+            f"the model {receipt.model} is not among this machine's runs and pulled models; give --model FOLDER",
+        )
     elif model_root(folder) != receipt.model:
         found.fails("model", f"{folder} is another model than the receipt's, {receipt.model}")
     else:
@@ -104,7 +112,12 @@ def _again(receipt: Receipt, folder: Path, found: Findings) -> None:
     except RecipeError as error:
         found.unchecked("answer", f"cannot be given again here: {error}")
         return
-    check_answer(receipt, load(folder, runtime, quantize=receipt.engine["machine"].get("quantize")), found)
+    model = load(folder, runtime, quantize=receipt.engine["machine"].get("quantize"))
+    if model.tokenizer is not None:
+        asked = model.tokenizer.decode(receipt.prompt, skip_special=False)
+        found.holds("question", f"{plural(len(receipt.prompt), 'token')} under the signature: {asked!r}")
+    found.holds("settings", _settings(receipt))
+    check_answer(receipt, model, found)
 
 
 def check_answer(receipt: Receipt, model: Model, found: Findings) -> None:
@@ -123,7 +136,11 @@ def check_answer(receipt: Receipt, model: Model, found: Findings) -> None:
         found.fails("answer", f"this machine answers otherwise from {where} on{_circumstances(receipt, model)}{hint}")
         return
     found.holds("answer", f"all {ids} tokens come out the same{_words(receipt, model)}")
-    if receipt.finish != "cancelled":
+    if receipt.finish == "cancelled":
+        found.unchecked(
+            "end", f"how it would have gone on: it was cut off after {plural(ids, 'token')}, no whole answer"
+        )
+    else:
         good, bad = f"ends the same way ({again.finish})", f"ends with {again.finish}, there with {receipt.finish}"
         found.expect(again.finish == receipt.finish, "end", good, bad)
     _logprobs(receipt, again, model, found)
@@ -132,6 +149,18 @@ def check_answer(receipt: Receipt, model: Model, found: Findings) -> None:
 def _words(receipt: Receipt, model: Model) -> str:
     """What the tokens say: a text shown elsewhere as this answer can be compared with it."""
     return "" if model.tokenizer is None else f": {model.tokenizer.decode(receipt.ids, skip_special=False)!r}"
+
+
+def _settings(receipt: Receipt) -> str:
+    """How the answer was asked for: what is not as it is by default, and what guided it."""
+    usual = json.loads(json.dumps(asdict(SamplingParams())))
+    given = [f"{name} = {value}" for name, value in receipt.sampling.items() if value != usual.get(name)]
+    guided = [
+        f"{name} = {json.dumps(value)}" for name, value in (receipt.guide or {}).items() if value not in (None, "")
+    ]
+    return f"asked for with {', '.join(given) or 'the usual ones'}" + (
+        f"; kept to {', '.join(guided)}" if guided else "; guided by nothing"
+    )
 
 
 def sampling(receipt: Receipt) -> SamplingParams:
@@ -154,8 +183,9 @@ def _guide(given: dict[str, Any]) -> GuideSpec:
 
 
 def find_by_root(root: str, home: Path) -> Path | None:
-    """The released model with this root among the runs under `home`."""
-    models = (run / "model" for run in sorted((home / "runs").glob("*")))
+    """The model with this root among the released and the pulled ones under `home`."""
+    runs, pulled = sorted((home / "runs").glob("*")), sorted((home / "hub").glob("*"))
+    models = [run / "model" for run in runs] + [folder for folder in pulled if (folder / RECORD).is_file()]
     return next(
         (folder for folder in models if (folder / "config.json").is_file() and model_root(folder) == root), None
     )

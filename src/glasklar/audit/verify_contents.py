@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from glasklar.audit.findings import Findings
+from glasklar.audit.findings import Findings, plural
 from glasklar.audit.verify_replays import checkpoint_events
 from glasklar.corpus import REMOVED, TRAIN
 from glasklar.data.tokenizer import Tokenizer
@@ -109,7 +109,7 @@ def _data(run: RunDir, recorded: dict[str, Any], tokenizer: dict[str, Any], foun
     found.expect(
         together == recorded["root"] and sum(source["documents"] for source in sources) == recorded["documents"],
         "source roots",
-        f"the roots of {len(sources)} sources give the root of the data",
+        f"the roots of {plural(len(sources), 'source')} give the root of the data",
         f"the roots of the sources give {together}, the ledger says {recorded['root']}; or their documents do not "
         "add up",
     )

@@ -54,6 +54,7 @@ class Course:
         self.at: Place = START
         self.measured: set[int] = set()  # stages with an evaluation
         self.skipped: set[int] = set()  # stages of RL that were left out
+        self.between: set[Place] = set()  # checkpoints of who stopped between two that were due
 
     @property
     def released(self) -> bool:
@@ -75,6 +76,8 @@ class Course:
             return "there is another one" if before is not None else "the first line is that of the run"
         if before in ENDS:
             return f"after {before}"
+        if self.at in self.between and before == "checkpoint" and name not in ("stopped", "failed", "resumed"):
+            return "a checkpoint that was not due comes before a stop"
         if before in ("stopped", "failed") and name not in ("resumed", "abandoned", "stopped", "failed"):
             return f"the run had {before}"
         if name in ("checkpoint", "readiness", "evaluation", "released") and "data" not in self.seen:
@@ -103,12 +106,18 @@ class Course:
 
     def _checkpoint(self, data: dict[str, Any]) -> str | None:
         due = self._next()
-        stage = self.recipe.stages[due[0]] if due else None
-        if due is None or stage is None or data["name"] != checkpoint_name(due[0], stage.kind, due[1]):
+        if due is None:
             return f"{data['name']} is not what comes next"
-        if (data.get("stage"), data.get("step")) != (stage.kind, due[1]):
+        (index, step), kind = due, self.recipe.stages[due[0]].kind
+        first = self.at[1] + 1 if self.at[0] == index else 1
+        here = next((s for s in range(first, step + 1) if data["name"] == checkpoint_name(index, kind, s)), None)
+        if here is None:
+            return f"{data['name']} is not what comes next"
+        if (data.get("stage"), data.get("step")) != (kind, here):
             return f"stage {data.get('stage')}, step {data.get('step')} are not those of {data['name']}"
-        self.at = due
+        self.at = index, here
+        if here < step:
+            self.between.add(self.at)
         return None
 
     def _readiness(self, data: dict[str, Any]) -> str | None:
@@ -153,9 +162,9 @@ class Course:
                 yield from ((index, step) for step in (*every, stage.steps))
 
     def _place(self, name: Any) -> Place | None:
-        kinds = enumerate(self.recipe.stages)
+        kinds, places = list(enumerate(self.recipe.stages)), [*self._places(), *self.between]
         return next(
-            (p for i, s in kinds for p in self._places() if p[0] == i and checkpoint_name(i, s.kind, p[1]) == name),
+            (p for i, s in kinds for p in places if p[0] == i and checkpoint_name(i, s.kind, p[1]) == name),
             None,
         )
 

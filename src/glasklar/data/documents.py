@@ -295,9 +295,13 @@ def _lines(path: Path, field: str) -> Iterator[tuple[int, str]]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: line {number} is no JSON object with {field!r} ({error!r})") from None
+            found = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}: line {number} is no JSON ({error}); mend it or take it out") from None
+        if not isinstance(found, dict) or field not in found:
+            names = ", ".join(map(repr, found)) if isinstance(found, dict) else f"no object but {line[:40]}"
+            raise DataError(f"{path}: line {number} has no {field!r}, only {names}; name one as field")
+        text = found[field]
         if not isinstance(text, str):
             raise DataError(f"{path}: line {number}: {field!r} is {type(text).__name__}, not text")
         yield number, text

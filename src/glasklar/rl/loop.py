@@ -7,7 +7,7 @@ from functools import partial
 from statistics import fmean
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from glasklar.config import Section
 from glasklar.data.procedural import Mixture
@@ -43,6 +43,14 @@ class RolloutConfig(Section):
     length: int = Field(default=256, ge=16)
     rows_multiple: int = Field(default=8, ge=1)
     policy: PolicyConfig = PolicyConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> RolloutConfig:
+        if self.max_tokens >= self.length:
+            raise ValueError(
+                f"max_tokens = {self.max_tokens} leave no room for a question in rows of length = {self.length}"
+            )
+        return self
 
 
 def rl_step(
