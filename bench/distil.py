@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,7 +27,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from glasklar.recipe import builtin_recipes, load_recipe, recipe_path
+from glasklar.runtime import Runtime, prepare, start
+
+THREADS = prepare()
+
+from glasklar.recipe import builtin_recipes, load_recipe, recipe_path  # noqa: E402
 
 ARMS = ("distil", "sft", "sft, then rl", "sft, longer rl")
 STEPS = 30  # of spark's own reinforcement
@@ -40,8 +45,7 @@ def stage_of(recipe: str, kind: str) -> str:
 
 
 def stages_of(arm: str, steps: int) -> str:
-    if arm == "distil":
-        return stage_of("spark-small", "distil")
+    """What an arm does after pretraining, in TOML."""
     # However little the student can do after SFT, reinforcement begins, so that there is something to compare.
     rl = stage_of("spark", "rl").replace("accuracy = 0.8, margin = 0.1", "accuracy = 0.0, margin = 0.0")
     rl = rl.replace(f"steps = {STEPS}\n", f"steps = {steps}\n")
@@ -65,28 +69,48 @@ def trained(recipe: str, seed: int, run: Path, home: Path) -> None:
     subprocess.run(command, check=True, env={**os.environ, "GLASKLAR_HOME": str(home)})
 
 
-def measured(arm: str, seed: int, run: Path) -> dict[str, Any]:
-    """What a run says of itself."""
+def distilled(seed: int, run: Path) -> dict[str, Any]:
+    """What a finished run of the recipe says of itself."""
     from glasklar.audit.facts import RunFacts
     from glasklar.provenance.rundir import RunDir
 
     facts = RunFacts.read(RunDir(run))
-    line = facts.after_rl or facts.before_rl
+    line = facts.before_rl
     assert line is not None
-    costs = facts.costs()
-    after = [cost for cost in costs if cost.kind != "pretrain"]
-    return {
-        "arm": arm,
-        "seed": seed,
-        "steps": sum(cost.steps for cost in after),
-        **line["mean"],
-        "hard": facts.mean(line, "greedy", "hard"),
-        "flops": sum(cost.flops for cost in after),
-        "seconds": sum(cost.seconds for cost in after),
-        "flops_all": sum(cost.flops for cost in costs),
-        "seconds_all": sum(cost.seconds for cost in costs),
-        "tasks": line["tasks"],
-    }
+    after = [cost for cost in facts.costs() if cost.kind != "pretrain"]
+    flops, seconds = sum(cost.flops for cost in after), sum(cost.seconds for cost in after)
+    return row_of("distil", seed, sum(cost.steps for cost in after), line, flops, seconds, facts.reasoning)
+
+
+def continued(arm: str, steps: int, seed: int, run: Path, runtime: Runtime, home: Path) -> dict[str, Any]:
+    """Another arm, from the state in which pretraining left a finished run."""
+    from glasklar.corpus import prepare
+    from glasklar.learn.state import checkpoint_name, load_state
+    from glasklar.measuring import Measuring
+    from glasklar.segment import flops_of
+    from glasklar.training import Training
+
+    recipe = load_recipe(str(written(arm, steps, home))).replace(seed=seed)
+    corpus, training = prepare(recipe, run / "data"), Training(recipe, runtime)
+    training.restore(*load_state(run / "checkpoints" / checkpoint_name(0, "pretrain", recipe.stages[0].steps)))
+    flops, seconds, done = 0.0, 0.0, 0
+    for index, stage in enumerate(recipe.stages[1:], start=1):
+        training.enter(index)
+        runner, began = training.runner(index, corpus, run / "checkpoints"), time.monotonic()
+        for _ in range(stage.steps):
+            figures = training.advance(runner, index)
+            flops += flops_of(stage, recipe.model, figures["tokens"], figures.get("sampled_tokens", 0))
+        seconds, done = seconds + time.monotonic() - began, done + stage.steps
+    line = Measuring(recipe, corpus).after(training.model, len(recipe.stages) - 1)
+    return row_of(arm, seed, done, line, flops, seconds, list(recipe.reasoning_tasks))
+
+
+def row_of(
+    arm: str, seed: int, steps: int, line: dict[str, Any], flops: float, seconds: float, reasoning: list[str]
+) -> dict[str, Any]:
+    hard = fmean(line["hard"][name]["greedy"] for name in reasoning if name in line["hard"])
+    row = {"arm": arm, "seed": seed, "steps": steps, **line["mean"], "hard": hard, "flops": flops, "seconds": seconds}
+    return row | {"tasks": line["tasks"]}
 
 
 def equal_steps(rows: list[dict[str, Any]]) -> int:
@@ -130,17 +154,19 @@ def main() -> None:
     assert {"spark", "spark-small"} <= set(builtin_recipes())
     home: Path = args.keep
     home.mkdir(parents=True, exist_ok=True)
+    runtime = start(THREADS)
     trained("spark", 0, home / "runs" / "spark", home)
+    runs = [home / "runs" / f"student-{seed}" for seed in range(args.seeds)]
     rows: list[dict[str, Any]] = []
     for arm in ARMS:
         steps = equal_steps(rows) if "longer" in arm else STEPS
-        recipe = written(arm, steps, home)
-        for seed in range(args.seeds):
-            run = home / "runs" / f"{recipe.stem}-{seed}"
-            trained(str(recipe), seed, run, home)
-            rows.append(measured(arm, seed, run))
-            if args.json:
-                print(json.dumps(rows[-1]), flush=True)
+        for seed, run in enumerate(runs):
+            if arm == "distil":
+                trained("spark-small", seed, run, home)
+                rows.append(distilled(seed, run))
+            else:
+                rows.append(continued(arm, steps, seed, run, runtime, home))
+            print(json.dumps(rows[-1]), flush=True, file=sys.stdout if args.json else sys.stderr)
     kept = Path(__file__).parents[1] / "docs" / "lab" / "distil.json"
     kept.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if not args.json:
