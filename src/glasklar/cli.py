@@ -6,15 +6,12 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import webbrowser
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,9 +20,6 @@ from rich.markup import escape
 from glasklar.errors import GlasklarError, RecordError, RequestError
 from glasklar.runtime import Runtime, prepare, start
 from glasklar.serve.limits import Limits
-
-if TYPE_CHECKING:
-    from glasklar.pipeline import Stop
 
 app = typer.Typer(
     name="glasklar",
@@ -104,12 +98,12 @@ def train(
 
 def _train(name: str, run: Path | None, runtime: Runtime, seed: int | None = None) -> None:
     from glasklar.api import train as carry_out
-    from glasklar.display import TerminalReporter
+    from glasklar.display import TerminalReporter, stoppable
     from glasklar.pipeline import Stop
 
     stop = Stop()
     try:
-        with _stoppable(stop), TerminalReporter(err) as reporter:
+        with stoppable(stop), TerminalReporter(err) as reporter:
             folder = carry_out(name, run=run, runtime=runtime, seed=seed, reporter=reporter, home=_home(), stop=stop)
     except KeyboardInterrupt:
         again = (
@@ -121,24 +115,6 @@ def _train(name: str, run: Path | None, runtime: Runtime, seed: int | None = Non
         err.print(f"\nstopped; {kept}. Go on with: [bold]{again}[/]", soft_wrap=True)
         raise typer.Exit(130) from None
     err.print(f"model: {folder / 'model'}\nreport: {folder / 'report.html'}")
-
-
-@contextmanager
-def _stoppable(stop: Stop) -> Iterator[None]:
-    """Ctrl-C and a service manager's signal ask a run to stop. (What is ignored stays so: `nohup`.)"""
-
-    def ask(*_: object) -> None:
-        stop.ask()
-        # Nothing else may write from here: a signal comes at any moment, also in the middle of a line.
-        os.write(sys.stderr.fileno(), b"\nstopping after this step; once more: at once\n")
-
-    heeded = [sent for sent in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(sent) is not signal.SIG_IGN]
-    before = {sent: signal.signal(sent, ask) for sent in heeded}
-    try:
-        yield
-    finally:
-        for sent, handler in before.items():
-            signal.signal(sent, handler)
 
 
 @app.command()

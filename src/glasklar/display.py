@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from glasklar.model.plan import Plan
+from glasklar.pipeline import Stop
 
 NAMES = {"pretrain": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement", "distil": "Distillation"}
 QUIET_SECONDS = 30.0
@@ -125,6 +129,24 @@ class TerminalReporter:
             self.stage(text, done, total)
         left = (time.monotonic() - self.began) / done * (total - done) if done else None
         self._show(done, "" if left is None else f"{minutes(left)} left")
+
+
+@contextmanager
+def stoppable(stop: Stop) -> Iterator[None]:
+    """Ctrl-C and a service manager's signal ask a run to stop. (What is ignored stays so: `nohup`.)"""
+
+    def ask(*_: object) -> None:
+        stop.ask()
+        # Nothing else may write from here: a signal comes at any moment, also in the middle of a line.
+        os.write(sys.stderr.fileno(), b"\nstopping after this step; once more: at once\n")
+
+    heeded = [sent for sent in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(sent) is not signal.SIG_IGN]
+    before = {sent: signal.signal(sent, ask) for sent in heeded}
+    try:
+        yield
+    finally:
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
 
 
 class QuietReporter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -165,3 +166,20 @@ def test_guided_answers_are_guided_again(web: httpx.Client, model: ModelFolder, 
     assert signed.guide is not None
     assert signed.guide["grammar"]
     assert verdicts(web, name, tmp_path, home) == WHOLE
+
+
+def test_files_changed_under_a_running_server_sign_nothing(
+    smoke_run: Path, home: Path, tmp_path: Path, runtime: Runtime
+) -> None:
+    folder = shutil.copytree(smoke_run, tmp_path / "smoke") / "model"
+    copy = open_folder(folder, runtime)
+    with LiveServer(folder.parent, Site(home=home, port=0)) as server:
+        server.release(copy)
+        with httpx.Client(base_url=server.url, timeout=120) as client:
+            reply = client.post("/v1/chat/completions", json=body(copy, "What is 3+4?")).json()["id"]
+            assert client.get(f"/v1/receipts/{reply}").status_code == 200
+            weights = folder / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+            refused = client.get(f"/v1/receipts/{reply}")
+    assert refused.status_code == 400
+    assert "changed after they were loaded" in refused.text

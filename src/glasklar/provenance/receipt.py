@@ -62,8 +62,17 @@ def model_root(folder: Path) -> str:
     Weights, configuration, tokenizer; the same for a copy anywhere. Hugging Face folders of others have one as well.
     Reads all weights: a server computes it once.
     """
-    files = [p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.name != ATTESTATION and p.is_file()]
-    return merkle_root(leaf_hash({"name": path.name, "sha256": sha256_file(path)}) for path in files)
+    return merkle_root(leaf_hash({"name": path.name, "sha256": sha256_file(path)}) for path in _files(folder))
+
+
+def model_stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Size, time of change and inode of the files under `model_root`: what is changed is seen without reading it."""
+    stats = {path.name: path.stat() for path in _files(folder)}
+    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.name != ATTESTATION and p.is_file()]
 
 
 def engine_identity(machine: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 
 from glasklar.engine.request import SamplingParams, TokenEvent
 from glasklar.errors import RequestError
-from glasklar.provenance.receipt import engine_identity, make_receipt, model_root
+from glasklar.provenance.receipt import engine_identity, make_receipt, model_root, model_stamps
 from glasklar.provenance.signing import Signer
 from glasklar.serve.grammar import GuideSpec
 
@@ -84,9 +84,11 @@ class Receipts:
             while len(self._replies) > MOST_REPLIES or (len(self._replies) > 1 and self._tokens() > MOST_TOKENS):
                 self._replies.popitem(last=False)
 
-    def receipt(self, reply: str, choice: int, *, folder: Path, engine: dict[str, Any]) -> dict[str, Any]:
-        """See above. `folder` of the model, and the `engine` that runs it (`ModelService.engine`). Reads all weights
-        when it is asked first. Raises HTTPException 404, RequestError."""
+    def receipt(
+        self, reply: str, choice: int, *, folder: Path, stamps: dict[str, Any], engine: dict[str, Any]
+    ) -> dict[str, Any]:
+        """See above. `folder` of the model, its `model_stamps` before it was loaded, and the `engine` that runs it
+        (`ModelService.engine`). Reads all weights when it is asked first. Raises HTTPException 404, RequestError."""
         with self._lock:
             answers = list(self._replies.get(reply, ()))
         if not 0 <= choice < len(answers):
@@ -98,6 +100,11 @@ class Receipts:
         if answer.finish == "error" or not answer.ids:
             raise RequestError(f"choice {choice} of {reply!r} failed or was stopped before its first token")
         root, identity = self._signs_for(folder, engine)
+        if model_stamps(folder) != stamps:
+            raise RequestError(
+                f"{folder}: its files were changed after they were loaded, so nobody can say which model answered; "
+                "restart the server"
+            )
         envelope = make_receipt(
             Signer.open(self.home),
             model=root,

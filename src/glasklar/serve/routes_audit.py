@@ -22,4 +22,6 @@ def add_audit_routes(app: FastAPI, backend: Backend) -> None:
         service = backend.ready()
         if backend.receipts is None:
             raise RequestError("this server was started without a key to sign receipts with")
-        return backend.receipts.receipt(reply, choice, folder=service.model.folder, engine=service.engine)
+        return backend.receipts.receipt(
+            reply, choice, folder=service.model.folder, stamps=service.stamps, engine=service.engine
+        )

@@ -18,6 +18,7 @@ from glasklar.data.chat import render
 from glasklar.engine.request import SamplingParams, TokenEvent
 from glasklar.errors import BusyError, CapacityError, CheckpointError, GlasklarError, RequestError
 from glasklar.loading import ModelFolder
+from glasklar.provenance.receipt import model_stamps
 from glasklar.serve.access import visit
 from glasklar.serve.fair import FairQueue, Ticket
 from glasklar.serve.grammar import GuideMaker, GuideSpec
@@ -72,6 +73,7 @@ class ModelService:
         self.limits, self._progress = limits or Limits(), progress
         self.guides = GuideMaker(model.tokenizer, model.config.vocab_size)  # to check grammars; the engine has its own
         self.engine: dict[str, Any] = {}
+        self.stamps = model_stamps(model.folder)
         self._lock = threading.RLock()
         self._queue = FairQueue(self.limits.running, alone=alone)
         self._open: dict[int, Waiter] = {}
