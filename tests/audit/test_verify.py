@@ -527,3 +527,13 @@ def test_a_checkpoint_that_was_not_due_comes_before_a_stop(smoke_run: Path) -> N
     assert wrong(early)[0].startswith("a checkpoint that was not due")
     assert wrong(early, early, stopped, resumed)
     assert wrong(stopped, resumed)  # from a state that was never recorded
+
+
+def test_a_run_cut_off_after_its_release_is_said_to_be(run: Path, home: Path, runtime: Runtime) -> None:
+    shutil.rmtree(run / "dossier")
+    for name in ("report.md", "report.html", ATTESTATION, "model/README.md", f"model/{ATTESTATION}"):
+        (run / name).unlink()
+    subjects = [entry.subject for entry in verify(run, home=home).failures]
+    assert subjects == [ATTESTATION, "documents"]
+    api.train(str(run / "recipe.toml"), runtime=runtime, home=home, run=run)
+    assert verify(run, home=home).verdict == "holds"

@@ -79,6 +79,13 @@ def _documents(run: RunDir, events: list[Event], found: Findings) -> None:
     other = [name for name, path in lying.items() if not path.is_file() or path.read_bytes() != wanted[name]]
     if not wanted:
         return
+    if not any(path.exists() for path in lying.values()):
+        found.fails(
+            "documents",
+            f"none of the {len(wanted)} is there: the run was cut off after its release, or they were taken out; "
+            f"`glasklar train {run.recipe_file} --run {run.path}` makes them",
+        )
+        return
     if other and there != here:
         found.unchecked(
             "documents",
