@@ -126,13 +126,31 @@ def _stages(m: dict[str, Any], say: Say) -> Table:
 
 
 def _results(m: dict[str, Any], say: Say) -> list[Block]:
-    tasks = m["evaluation"].get("tasks", {})
-    if not tasks:
-        return []
-    rows = [[name, f"{scores['n']}", f"{scores['greedy']:.1%}"] for name, scores in tasks.items()]
-    header = [say("task", "Aufgabe"), say("problems", "Probleme"), say("right, greedy", "richtig, greedy")]
-    caption = say("Right answers to problems never trained on", "Richtige Antworten auf nie trainierte Probleme")
-    return [Heading(say("What it can do", "Was es kann")), Table(header, rows, caption)]
+    tasks, before = m["evaluation"].get("tasks", {}), m["before_reinforcement"].get("tasks", {})
+    hard, bits = m["evaluation"].get("hard", {}), m["bits_per_byte"]
+    found: list[Block] = []
+    if tasks:
+        columns = {
+            say("problems", "Probleme"): [str(scores["n"]) for scores in tasks.values()],
+            say("right, greedy", "richtig, greedy"): [_share(scores, "greedy") for scores in tasks.values()],
+            say("before reinforcement", "vor der Verstärkung"): [_share(before.get(n, {}), "greedy") for n in tasks],
+            "pass@1": [_share(scores, "pass@1") for scores in tasks.values()],
+            say("harder than trained", "schwerer als trainiert"): [
+                _share(hard.get(name, {}), "greedy") for name in tasks
+            ],
+        }
+        shown = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
+        rows = [[task, *cells] for task, *cells in zip(tasks, *shown.values(), strict=True)]
+        caption = say("Right answers to problems never trained on", "Richtige Antworten auf nie trainierte Probleme")
+        found.append(Table([say("task", "Aufgabe"), *shown], rows, caption))
+    if bits is not None:
+        text = say("Bits per byte of documents kept from training: ", "Bits je Byte vorenthaltener Dokumente: ")
+        found.append(Paragraph(f"{text}{bits:.3f}"))
+    return [Heading(say("What it can do", "Was es kann")), *found] if found else []
+
+
+def _share(scores: dict[str, Any], figure: str) -> str:
+    return f"{scores[figure]:.1%}" if figure in scores else "–"
 
 
 def data_card_head(m: dict[str, Any]) -> str:
@@ -175,6 +193,7 @@ def data_card(m: dict[str, Any], say: Say) -> list[Block]:
                 + say("documents", "Dokumente"),
                 say("Licences: ", "Lizenzen: ") + ", ".join(data["licences"]),
                 *_removed(m, say),
+                *_shown_later(m, say),
             ]
         ),
         Table(header, rows, say("Sources", "Quellen")),
@@ -204,6 +223,17 @@ def data_card(m: dict[str, Any], say: Say) -> list[Block]:
             say("Roots of the sources", "Wurzeln der Quellen"),
         ),
     ]
+
+
+def _shown_later(m: dict[str, Any], say: Say) -> list[str]:
+    """What training showed beside the documents."""
+    if not m["demonstrations"]:
+        return []
+    words = say(
+        "demonstrations of the tasks by programs, shown in fine-tuning; not under the root, the recipe makes them",
+        "von Programmen gelöste Aufgaben, im Feinschliff gezeigt; nicht unter der Wurzel, das Rezept erzeugt sie",
+    )
+    return [f"{m['demonstrations']:,} {words}"]
 
 
 def _removed(m: dict[str, Any], say: Say) -> list[str]:

@@ -126,6 +126,11 @@ class RunFacts:
         return found
 
     @property
+    def bits_per_byte(self) -> float | None:
+        """Of the last evaluation on documents kept from training; None without one."""
+        return next((line["bits_per_byte"] for line in reversed(self.evaluations) if "bits_per_byte" in line), None)
+
+    @property
     def watched(self) -> list[dict[str, Any]]:
         """Evaluations while RL ran, on validation problems."""
         return [line for line in self.evaluations if line["evaluation"] == "rl step"]
