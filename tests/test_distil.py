@@ -147,6 +147,7 @@ def test_forged_answers_are_found(change: str, taught: Path, tmp_path: Path) -> 
     [
         ("nobody", (), "teacher = 'nobody': no model 'nobody'"),
         ("TEACHER", (f'teacher_root = "{"0" * 64}"',), "the recipe asks for 0000"),
+        ("TEACHER", ("instruction = '" + "word " * 300 + "'",), "teacher = .*smoke.*: .*256"),
         ("TEACHER", (), "none of its 80 answers is right"),
     ],
 )

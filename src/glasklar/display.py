@@ -103,7 +103,7 @@ class TerminalReporter:
         for warning in line.get("warnings", ()):
             if warning.split(":")[-1] not in self.warned:  # the figures change every step, the advice does not
                 self.warned.add(warning.split(":")[-1])
-                self.progress.console.print(f"[yellow]· doctor, step {line['step']}: {warning}[/]")
+                self._say(f"[yellow]· doctor, step {line['step']}: {warning}[/]")
 
     def _show(self, step: int, news: str) -> None:
         assert self.task is not None
@@ -120,7 +120,11 @@ class TerminalReporter:
             self.progress.console.print(evaluation_table(line))
 
     def note(self, text: str) -> None:
-        self.progress.console.print(f"[dim]· {text}[/]")
+        self._say(f"[dim]· {text}[/]")
+
+    def _say(self, text: str) -> None:
+        """A line of its own, which in a file stays one line."""
+        self.progress.console.print(text, soft_wrap=self.progress.disable)
 
     def work(self, text: str, done: int, total: int) -> None:
         """Work before the first step, of which there is no line in the metrics."""

@@ -15,7 +15,7 @@ from glasklar.data.chat import demonstration, parse
 from glasklar.data.procedural import Mixture
 from glasklar.data.tokenizer import Tokenizer
 from glasklar.engine.engine import Engine
-from glasklar.errors import CheckpointError, DataError
+from glasklar.errors import CheckpointError, DataError, RequestError
 from glasklar.eval.answers import Answer, ask
 from glasklar.loading import find_model, load
 from glasklar.model.cost import decode_flops_per_token
@@ -56,33 +56,30 @@ def stages_taught(recipe: Recipe) -> list[tuple[int, DistilStage]]:
     return [(index, stage) for index, stage in enumerate(recipe.stages) if isinstance(stage, DistilStage)]
 
 
-def find_teacher(stage: DistilStage, home: Path) -> tuple[Path, str]:
-    """Folder and `model_root` of a stage's teacher.
-
-    Raises DataError where there is none of that name, or another than the recipe asks for.
-    """
+def find_teacher(stage: DistilStage, home: Path) -> Path:
+    """The folder of a stage's teacher. Raises DataError where there is none of that name, or another than the recipe
+    asks for."""
     try:
         folder = find_model(stage.teacher, home)
     except CheckpointError as error:
         raise DataError(f"teacher = {stage.teacher!r}: {error}") from None
-    root = model_root(folder)
-    if stage.teacher_root not in (None, root):
+    if stage.teacher_root is not None and (root := model_root(folder)) != stage.teacher_root:
         raise DataError(
             f"teacher = {stage.teacher!r}: {folder} has the root {root}, the recipe asks for {stage.teacher_root}; "
             "give the model that it names, or take teacher_root out"
         )
-    return folder, root
+    return folder
 
 
 def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers) -> dict[str, Any]:
     """Lets the teacher of stage `index` answer, and writes what is right to `folder`; returns the facts about it.
 
     Everything follows from the teacher's weights, the recipe and the class of machine. Raises DataError where the
-    teacher is missing, has no tokenizer, or answers nothing rightly.
+    teacher is missing, cannot be asked, or answers nothing rightly.
     """
     stage = recipe.stages[index]
     assert isinstance(stage, DistilStage)
-    place, root = find_teacher(stage, teachers.home)
+    place = find_teacher(stage, teachers.home)
     model = load(place, teachers.runtime, quantize=stage.quantize)
     if model.tokenizer is None:
         raise DataError(f"teacher = {stage.teacher!r}: {place} has no tokenizer.json, so it cannot be asked")
@@ -91,7 +88,10 @@ def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers) ->
     for first in range(0, stage.problems, AT_ONCE):
         teachers.tell("Teacher", first, stage.problems)
         count = min(AT_ONCE, stage.problems - first)
-        answers = _asked(recipe, index, engine, model.tokenizer, first, count)
+        try:
+            answers = _asked(recipe, index, engine, model.tokenizer, first, count)
+        except RequestError as error:  # it takes no messages, or its context is too short
+            raise DataError(f"teacher = {stage.teacher!r}: {error}") from None
         sampled += sum(len(answer.completion.ids) for answer in answers)
         right += sum(answer.correct for answer in answers)
         traces += _different(answers, model.tokenizer, stage, first)
@@ -105,8 +105,8 @@ def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers) ->
     path = folder / traces_name(index)
     write_atomic(path, b"".join(canonical_json(asdict(trace)) + b"\n" for trace in traces))
     return {
-        "teacher": stage.teacher,
-        "teacher_root": root,
+        "teacher": model.name,
+        "teacher_root": model_root(place),
         "licence": stage.licence,
         "problems": stage.problems,
         "answers": stage.problems * stage.samples,
