@@ -80,7 +80,10 @@ def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers) ->
     stage = recipe.stages[index]
     assert isinstance(stage, DistilStage)
     place = find_teacher(stage, teachers.home)
-    model = load(place, teachers.runtime, quantize=stage.quantize)
+    try:
+        model = load(place, teachers.runtime, quantize=stage.quantize)
+    except CheckpointError as error:
+        raise DataError(f"teacher = {stage.teacher!r}: {error}") from None
     if model.tokenizer is None:
         raise DataError(f"teacher = {stage.teacher!r}: {place} has no tokenizer.json, so it cannot be asked")
     engine, traces = Engine(model.network), list[Trace]()
