@@ -7,7 +7,9 @@ All arms pretrain alike. Then the student learns
     distil            from the answers that spark had right (the built-in recipe spark-small)
     sft               from as many demonstrations as spark itself began with, three in ten of which think
     sft, then rl      the same, and spark's own stage of reinforcement
-    sft, longer rl    the same, with reinforcement for the FLOPs of `distil`, its teacher's answers included
+    sft, equal rl     the same, with reinforcement for the FLOPs of `distil`, its teacher's answers included
+    worked solutions  from as many demonstrations as the teacher was asked, all of them with a right thought:
+                      what a perfect teacher would have said
 The teacher is made first, once (seed 0), and kept beside the students in --keep. Its own training counts for none of
 the arms: whoever has no teacher yet pays for it as well.
 """
@@ -33,7 +35,7 @@ THREADS = prepare()
 
 from glasklar.recipe import builtin_recipes, load_recipe, recipe_path  # noqa: E402
 
-ARMS = ("distil", "sft", "sft, then rl", "sft, longer rl")
+ARMS = ("distil", "sft", "sft, then rl", "sft, equal rl", "worked solutions")
 STEPS = 30  # of spark's own reinforcement
 
 
@@ -46,6 +48,11 @@ def stage_of(recipe: str, kind: str) -> str:
 
 def stages_of(arm: str, steps: int) -> str:
     """What an arm does after pretraining, in TOML."""
+    if arm == "worked solutions":
+        taught = stage_of("spark-small", "distil").splitlines()
+        own = ("teacher", "licence", "problems", "samples", "max_tokens", "kind")
+        kept = [line for line in taught[1:] if line.split(" ")[0] not in own]
+        return "\n".join(["[[stages]]", 'kind = "sft"', "demonstrations = 4000", "thoughts = 1.0", *kept]) + "\n\n"
     # However little the student can do after SFT, reinforcement begins, so that there is something to compare.
     rl = stage_of("spark", "rl").replace("accuracy = 0.8, margin = 0.1", "accuracy = 0.0, margin = 0.0")
     rl = rl.replace(f"steps = {STEPS}\n", f"steps = {steps}\n")
@@ -116,7 +123,7 @@ def row_of(
 def equal_steps(rows: list[dict[str, Any]]) -> int:
     """Steps of reinforcement that use up what distillation took beyond fine-tuning."""
     distil, sft, rl = (fmean(row["flops"] for row in rows if row["arm"] == arm) for arm in ARMS[:3])
-    return max(STEPS, round((distil - sft) / (rl - sft) * STEPS))
+    return max(1, round((distil - sft) / (rl - sft) * STEPS))
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
@@ -159,7 +166,7 @@ def main() -> None:
     runs = [home / "runs" / f"student-{seed}" for seed in range(args.seeds)]
     rows: list[dict[str, Any]] = []
     for arm in ARMS:
-        steps = equal_steps(rows) if "longer" in arm else STEPS
+        steps = equal_steps(rows) if "equal" in arm else STEPS
         for seed, run in enumerate(runs):
             if arm == "distil":
                 trained("spark-small", seed, run, home)

@@ -7,9 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from glasklar.audit.documents import write_documents
-from glasklar.audit.report import write_report
-from glasklar.audit.seal import seal
 from glasklar.corpus import EVALUATION_SEED, check_sources, prepare
 from glasklar.data.chat import Message, parse, render
 from glasklar.data.procedural import Mixture
@@ -77,6 +74,11 @@ def train(
                 opened.withdraw()  # what has not even data is no run, and its name is free for the mended recipe
             raise
         if not signed:  # what is signed stays as it was signed, by whomever
+            # Here alone, since plots need matplotlib, which takes a second to load and looks for a folder of its own.
+            from glasklar.audit.documents import write_documents
+            from glasklar.audit.report import write_report
+            from glasklar.audit.seal import seal
+
             write_report(opened)
             write_documents(opened)
             seal(opened, Signer.open(home))
@@ -98,12 +100,7 @@ def evaluate(
     """
     if split not in (None, *get_args(Split)):
         raise RequestError(f"split = {split!r}: use one of {', '.join(get_args(Split))}")
-    path = model.folder / "recipe.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{model.folder}: has no recipe.json, so its tasks are unknown; evaluate a model made by glasklar"
-        )
-    recipe = Recipe.read(json.loads(path.read_text(encoding="utf-8")), str(path))
+    recipe = recipe_of(model.folder)
     if not recipe.tasks:
         given = {"split": split, "problems": problems, "samples": samples}
         for name, value in given.items():
@@ -134,6 +131,17 @@ def evaluate(
     result = {"evaluation": f"{model.name}, {part}", "split": part}
     result |= table(scores(False, True, tries), recipe.reasoning_tasks)
     return result | {"hard": {name: score.as_json() for name, score in scores(True, False, 0).items()}}
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """What a model was made by. Raises CheckpointError for models of others, whose tasks nobody knows."""
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: has no recipe.json, so its tasks are unknown; evaluate a model made by glasklar. Standard "
+            "benchmarks: python -m glasklar.eval.lm_eval (it needs the package lm-eval)"
+        )
+    return Recipe.read(json.loads(path.read_text(encoding="utf-8")), str(path))
 
 
 def _held_out_bits(model: Model, recipe: Recipe) -> float:

@@ -289,6 +289,8 @@ def generate(
     if receipt is not None:
         write_json(receipt, result["receipt"])
     _print(result, as_json, result["text"] if result["text"] is not None else str(result["ids"]))
+    if result["finish"] == "length" and not as_json:
+        err.print(f"[dim]cut off after {len(result['ids'])} tokens; see --max-tokens, and the model's context[/]")
 
 
 @app.command(name="eval")
@@ -304,9 +306,13 @@ def evaluate(
 ) -> None:
     """Measure a model on its own tasks, on problems it was not trained on, or on text kept from its training."""
     from glasklar.api import evaluate as measure
+    from glasklar.api import recipe_of
     from glasklar.display import evaluation_table
+    from glasklar.loading import find_model
 
-    result = measure(_load(model, _runtime(threads), dtype, quantize), split=split, problems=problems, samples=samples)
+    runtime = _runtime(threads)
+    recipe_of(find_model(model, _home()))  # refused before anything large is loaded
+    result = measure(_load(model, runtime, dtype, quantize), split=split, problems=problems, samples=samples)
     _print(result, as_json, evaluation_table(result))
 
 
@@ -416,7 +422,7 @@ def trace(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run by folder or name")],
     text: Annotated[str | None, typer.Argument(help="The span in question")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids, comma-separated, instead of a text")] = None,
-    shortest: Annotated[int, typer.Option(help="Least number of tokens in common")] = 15,
+    shortest: Annotated[int, typer.Option(min=15, help="Least number of tokens in common")] = 15,
     states: Annotated[bool, typer.Option("--states", help="Also its log-probability at every kept checkpoint")] = False,
     as_json: AsJson = False,
     threads: Threads = None,
@@ -432,8 +438,7 @@ def trace(
     query = tracing.parse_query(tracer.tokenizer, text, ids)
     if len(query) < shortest:
         raise RequestError(
-            f"{len(query)} tokens are too few to have {shortest} in common with a document; give a longer text, or "
-            f"--shortest {max(len(query), 1)} for what is as short"
+            f"{plural(len(query), 'token')}: too few to have {shortest} in common with a document; give a longer text"
         )
     overlaps = tracer.find(query, shortest=shortest)
     result = tracing.as_json(overlaps, tracer.facts["root"])
@@ -473,18 +478,21 @@ def convert(
         Path | None, typer.Option("--out", help="What to write; default: here, by the model's name and type")
     ] = None,
     to: Annotated[str, typer.Option(help="hf: a Hugging Face folder; gguf: a file for llama.cpp")] = "gguf",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, or q8_0 (gguf alone)")] = "bf16",
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16, fp16, or q8_0 (gguf alone); default: as the model is stored")
+    ] = None,
     as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
     """Give a model out, exactly, in a format that other engines read."""
     from glasklar.convert.export import convert as write
+    from glasklar.convert.export import stored_type
     from glasklar.display import bytes_progress
     from glasklar.loading import find_model, name_of
 
     _runtime(threads)
     folder = find_model(model, _home())
-    name = name_of(folder)
+    name, dtype = name_of(folder), dtype or stored_type(folder)
     path = out_path or Path(f"{name.replace('/', '--')}-{dtype}{'.gguf' if to == 'gguf' else ''}")
     with bytes_progress(err, f"writing {path}") as progress:
         made = write(folder, path, to=to, dtype=dtype, name=name, progress=progress)

@@ -229,9 +229,9 @@ def keys_table(rows: list[dict[str, Any]], title: str) -> Table | str:
     """Rows of equal names, a column each; keys or their usage."""
     if not rows:
         return f"no {title}"
-    table = Table(
-        *(Column(name.replace("_", " "), overflow="fold") for name in rows[0]), title=title, title_justify="left"
-    )
+    names = [name.replace("_", " ") for name in rows[0]]
+    columns = (Column(name, overflow="fold", min_width=max(map(len, name.split()))) for name in names)
+    table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     return table

@@ -125,6 +125,11 @@ def find_model(name: str, home: Path) -> Path:
         raise CheckpointError(
             f"{name}: {kind}; a model is a folder with config.json, safetensors and tokenizer, as the hub has it"
         )
+    if Path(name).is_dir():
+        raise CheckpointError(
+            f"{name}: has no config.json; a model is a folder with config.json, safetensors and tokenizer, as the hub "
+            "has it"
+        )
     if is_id(name):
         return _pulled(name, home)
     runs = home / "runs"

@@ -11,7 +11,7 @@ from glasklar.api import speaking
 from glasklar.data.chat import Channel, Message, Splitter, render
 from glasklar.engine.engine import Engine
 from glasklar.engine.request import SamplingParams
-from glasklar.errors import GlasklarError
+from glasklar.errors import GlasklarError, RequestError
 from glasklar.loading import Model
 
 HELP = """\
@@ -31,13 +31,19 @@ class Conversation:
         self.thinking: bool | None = None
         self.temperature = 0.0
         self.messages: list[Message] = []
-        self.turns = 0
+        self.turns, self.cut = 0, False
 
     def ask(self, question: str) -> Iterator[tuple[Channel, str]]:
-        """The answer to a question as it is made. An answer left early is forgotten together with its question."""
+        """The answer to a question as it is made. An answer left early is forgotten together with its question; `cut`
+        says whether the context ended it."""
         said = [] if self.model.single_turn else self.messages
         messages = [*said, Message(role="user", content=question)]
         prompt = render(self.tokenizer, messages, self.thinking)
+        if len(prompt) >= (context := self.model.config.max_position_embeddings):
+            raise RequestError(
+                f"what was said so far is {len(prompt)} tokens, the model's context {context}; /new begins a new "
+                "conversation"
+            )
         params = SamplingParams(
             max_tokens=self.model.config.max_position_embeddings,
             temperature=self.temperature,
@@ -51,6 +57,7 @@ class Conversation:
                 for event in self.engine.step():
                     if event.error is not None:
                         raise event.error
+                    self.cut = event.finish == "length"
                     for channel, text in splitter.push(event.token):
                         content += text if channel == "content" else ""
                         yield channel, text
@@ -111,4 +118,7 @@ def answer(console: Console, conversation: Conversation, question: str) -> None:
             console.print(text, end="", style="dim" if channel == "reasoning" else None, markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         console.print(" [dim]stopped[/]", end="")
+    else:
+        if conversation.cut:
+            console.print(" [dim]cut off: the model's context is full; /new begins a new conversation[/]", end="")
     console.print()

@@ -13,7 +13,7 @@ from gguf_models import CASES, random_model, save, tokenizer
 from safetensors.torch import load_file, save_file
 
 from glasklar.convert import gguf_metadata
-from glasklar.convert.export import convert
+from glasklar.convert.export import convert, stored_type
 from glasklar.convert.gguf_metadata import architecture
 from glasklar.convert.gguf_vocab import read_vocabulary
 from glasklar.data.tokenizer import CHAT_TEMPLATE
@@ -210,7 +210,7 @@ def test_every_field_of_a_configuration_is_carried_or_refused() -> None:
     assert ModelConfig.model_fields.keys() >= gguf_metadata._CARRIED
     later = type("Later", (ModelConfig,), {"__annotations__": {"softcap": "int"}, "softcap": 0})
     assert architecture(later.read(CASES["llama"], "case")) == "llama"
-    with pytest.raises(CheckpointError, match="does not know softcap = 9"):
+    with pytest.raises(CheckpointError, match="no GGUF is written with softcap = 9"):
         architecture(later.read({**CASES["llama"], "softcap": 9}, "case"))
 
 
@@ -226,3 +226,14 @@ def test_other_pre_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(table))
     with pytest.raises(CheckpointError, match="'Unigram'; only byte-level BPE"):
         read_vocabulary(tmp_path, 288)
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_rounding_is_said(to: str, tmp_path: Path) -> None:
+    folder = tmp_path / "wide"
+    save(folder, CASES[V3], 1)
+    assert stored_type(folder) == "fp32"
+    exact = convert(folder, tmp_path / f"exact-{to}", to=to, dtype="fp32", name="m")
+    rounded = convert(folder, tmp_path / f"rounded-{to}", to=to, dtype="bf16", name="m")
+    assert not any("rounded" in note for note in exact.notes)
+    assert any("rounded: the model is stored in fp32" in note for note in rounded.notes)

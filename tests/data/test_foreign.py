@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,12 @@ def test_the_process_of_a_template_can_do_nothing_else(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     # root may start processes whatever the limit says
     assert done.stdout.splitlines()[:2] == ["OSError", "OSError"]
+
+
+def test_the_process_of_templates_is_deaf_to_the_keyboard() -> None:
+    """Ctrl-C in a terminal goes to all of its session: it stops an answer, and the next prompt must be rendered."""
+    template = ChatTemplate("{{ messages[0]['content'] }}", "model")
+    assert template.render(messages=[{"content": "a"}]) == "a"
+    assert template._process is not None
+    assert os.getsid(template._process.pid) != os.getsid(0)
+    template.close()

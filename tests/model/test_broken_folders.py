@@ -297,3 +297,36 @@ def test_code_named_by_a_configuration_never_runs(whole: Path, tmp_path: Path) -
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert not (tmp_path / "out" / "evil.py").exists()
     assert not (tmp_path / "ran").exists()
+
+
+def test_other_designs_get_no_advice_about_prediction_layers(tmp_path: Path) -> None:
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    dense = {name: FIELDS[name] for name in names} | {"num_key_value_heads": 2, "head_dim": 8, "rope_interleave": False}
+    save_model(initialise(build(ModelConfig.read(dense, "case")), 1), tmp_path / "m")
+    table = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**table, "num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match="fetch configuration and weights of the same model"):
+        load_model(tmp_path / "m", dtype=torch.float32, ops=REFERENCE, device="cpu")
+
+
+def test_drafting_layers_that_are_named_and_not_there(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers saves DeepSeek-V3 like that: all that the answers depend on is there."""
+    table = json.loads((whole / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**table, "num_nextn_predict_layers": 1}))
+    (tmp_path / WEIGHTS).write_bytes((whole / WEIGHTS).read_bytes())
+    model = load_model(tmp_path, dtype=torch.float32, ops=REFERENCE, device="cpu")
+    assert not len(model.mtp)
+    assert "loaded without" in caplog.text
+    packed = load(tmp_path, Runtime(device="cpu", threads=1), quantize="int8")
+    assert packed.config.num_nextn_predict_layers == 0
+
+
+def test_damaged_numbers_are_placed(whole: Path, tmp_path: Path) -> None:
+    found = load_file(whole / WEIGHTS)
+    found[DOWN][0, 0] = float("nan")
+    (tmp_path / "config.json").write_bytes((whole / "config.json").read_bytes())
+    save_file(found, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1: a weight matrix .* not finite"):
+        load(tmp_path, Runtime(device="cpu", threads=1), quantize="int4")

@@ -368,3 +368,27 @@ def test_slow_callers_hold_nobody_up(server: LiveServer, web: httpx.Client) -> N
     finally:
         for link in slow:
             link.close()
+
+
+def test_who_hangs_up_before_the_answer_leaves_no_fault(
+    web: httpx.Client, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {"model": model.name, "messages": [{"role": "user", "content": "a b c"}], "max_tokens": 4000}
+    for _ in range(3):
+        with pytest.raises(httpx.ReadTimeout):
+            web.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=0.3))
+    test_good_requests_pass(web)
+    assert "Exception in ASGI" not in caplog.text
+
+
+def test_what_cannot_be_read_is_named(web: httpx.Client, model: Model) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "x"}}
+    body = {"model": model.name, "messages": [{"role": "user", "content": [picture]}]}
+    refused = web.post("/v1/chat/completions", json=body).json()["error"]
+    assert refused["param"] == "messages.0.content.0"
+    assert "image_url cannot be read here, only text" in refused["message"]
+    header = {"content-type": "application/json"}
+    for sent in (b'{"model": "\xff\xfe"}', b"[" * 100_000):
+        found = web.post("/v1/chat/completions", content=sent, headers=header)
+        assert found.status_code == 400
+        assert "the body is no JSON" in found.json()["error"]["message"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -100,7 +103,8 @@ def _to_hf(folder: Path, out: Path, dtype: DType, progress: Progress) -> Convert
             if (folder / companion).is_file():
                 write_atomic(temporary / companion, (folder / companion).read_bytes())
         write_atomic(temporary / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-    return Converted(path=out, format="hf", dtype=dtype, bytes=sum(path.stat().st_size for path in out.iterdir()))
+    size = sum(path.stat().st_size for path in out.iterdir())
+    return Converted(path=out, format="hf", dtype=dtype, bytes=size, notes=_rounded(folder, dtype))
 
 
 def _decides(name: str) -> bool:
@@ -113,7 +117,7 @@ def _to_gguf(folder: Path, out: Path, dtype: DType, name: str, progress: Progres
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
-        raise CheckpointError("--to gguf needs the package gguf: pip install 'glasklar[gguf]'") from None
+        raise CheckpointError(f"--to gguf needs the package gguf: {sys.executable} -m pip install gguf") from None
     # Quantising starts from the numbers as they are stored; other types are reached in one rounding.
     model = _load(folder, _TORCH.get(dtype) or _stored_dtype(folder))
     config = model.config
@@ -139,7 +143,24 @@ def _to_gguf(folder: Path, out: Path, dtype: DType, name: str, progress: Progres
         )
     if halves:
         notes.append(f"in fp16 because their rows are no multiple of 32: {len(halves)} tensors, e.g. {halves[0]}")
+    notes += _rounded(folder, dtype)
     return Converted(path=out, format="gguf", dtype=dtype, bytes=out.stat().st_size, notes=notes)
+
+
+def stored_type(folder: Path) -> str:
+    """The type of most numbers of a model, as `convert` calls it; of a quantised one bf16."""
+    sizes: Counter[str] = Counter()
+    for weight in open_checkpoint(folder).weights.values():
+        sizes[next((name for name, kind in _TORCH.items() if kind == weight.dtype), "bf16")] += prod(weight.shape)
+    return sizes.most_common(1)[0][0]
+
+
+def _rounded(folder: Path, dtype: DType) -> list[str]:
+    """A note where numbers are not written as they are stored."""
+    stored = stored_type(folder)
+    if dtype == "q8_0" or stored == dtype or dtype == "fp32":
+        return []
+    return [f"rounded: the model is stored in {stored}, written is {dtype}; --dtype {stored} keeps every bit"]
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Transformer:

@@ -176,4 +176,4 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Value]:
 
 
 def _unknown_there(what: str) -> CheckpointError:
-    return CheckpointError(f"llama.cpp does not know {what}; write a Hugging Face folder instead: --to hf")
+    return CheckpointError(f"no GGUF is written with {what}; write a Hugging Face folder instead: --to hf")

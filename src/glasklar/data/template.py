@@ -124,7 +124,8 @@ class ChatTemplate:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    # -I and no environment: nothing from outside decides what is imported, no secret is at hand.
+    # -I and no environment: nothing from outside decides what is imported, no secret is at hand. A session of its own:
+    # Ctrl-C stops an answer, not this process.
     return subprocess.Popen(
         [sys.executable, "-I", template_worker.__file__],
         stdin=subprocess.PIPE,
@@ -132,6 +133,7 @@ def _start() -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         env={},
         bufsize=0,
+        start_new_session=True,
     )
 
 

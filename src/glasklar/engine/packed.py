@@ -98,6 +98,10 @@ class PackedDraft:
         yield from ((f"draft.{name}", vector) for name, vector in self.vectors.items())
 
 
+class NotFinite(CheckpointError):
+    """NaN or infinity among weights that are to be rounded."""
+
+
 class Packer:
     """Packs with a given library. `kind` for the projections; the up-projections of MLA and the head keep 8 bits at
     least: they are few, and every token passes them."""
@@ -155,7 +159,7 @@ class Packer:
             source = weights[copy]
             if kind >= INT8 and not is_finite(source):
                 # Rounding would turn them into ordinary numbers.
-                raise CheckpointError(
+                raise NotFinite(
                     f"a weight matrix [{outputs}, {inputs}] holds values that are not finite: the model is damaged; "
                     "fetch it again, or train it from an earlier checkpoint"
                 )
@@ -190,8 +194,14 @@ class Packer:
 
     def layer(self, config: ModelConfig, index: int, get: Get, prefix: str | None = None) -> PackedLayer:
         """One block of the network; `prefix` of its names, if it is not one of the layers."""
-        packed = PackedLayer(window=config.window(index) or 0)
         prefix = prefix or f"layers.{index}."
+        try:
+            return self._block(config, index, get, prefix)
+        except NotFinite as error:
+            raise CheckpointError(f"{prefix.rstrip('.')}: {error}") from None
+
+    def _block(self, config: ModelConfig, index: int, get: Get, prefix: str) -> PackedLayer:
+        packed = PackedLayer(window=config.window(index) or 0)
         self._attention(packed, config, lambda name: get(f"{prefix}self_attn.{name}"))
         packed.vectors["attention_norm"] = vector(get(prefix + "input_layernorm.weight"))
         packed.vectors["feed_norm"] = vector(get(prefix + "post_attention_layernorm.weight"))

@@ -22,6 +22,7 @@ All other names are the same in both. Gate weights and correction biases are sto
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -55,6 +56,8 @@ __all__ = [
     "read_config",
     "save_model",
 ]
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -251,6 +254,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     found = weights(_stored(folder), read_storage(folder))
     found = {name: weight for name, weight in found.items() if not _DERIVED.fullmatch(name)}
+    if config.num_nextn_predict_layers and not any(_layer(name) >= config.num_hidden_layers for name in found):
+        # As transformers saves DeepSeek-V3: the answers do not depend on these layers, they only draft them.
+        log.warning(
+            "%s: config.json names layers for multi-token prediction, the files hold none; loaded without", folder
+        )
+        config = config.replace(num_nextn_predict_layers=0)
     _check_against(found, config, folder)
     return Checkpoint(folder, config, found, _copies(config))
 
@@ -394,9 +403,14 @@ def _check_against(stored: dict[str, Weight], config: ModelConfig, folder: Path)
             )
 
 
+def _layer(name: str) -> int:
+    """Number of the layer that a tensor of a folder belongs to; -1: none."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(layer[1]) if layer else -1
+
+
 def _describe(verb: str, names: list[str], folder: Path, config: ModelConfig) -> str:
-    layer = re.match(r"model\.layers\.(\d+)\.", names[0])
-    if layer and int(layer[1]) >= config.num_hidden_layers:
+    if _layer(names[0]) >= config.num_hidden_layers and config.is_mla:
         remedy = (
             f"layers from {config.num_hidden_layers} on are for multi-token prediction: set num_nextn_predict_layers "
             f"(now {config.num_nextn_predict_layers}) in config.json to as many as the files hold"

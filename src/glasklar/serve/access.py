@@ -209,7 +209,8 @@ class Access:
                 yield
             except (sqlite3.Error, OSError) as error:
                 raise RecordError(
-                    f"{self.path}: cannot be used ({error}); mend it, or move it away to start without keys"
+                    f"{self.path}: cannot be used ({error}); mend it, move it away to start without keys, or let "
+                    "$GLASKLAR_HOME name a folder that can be written"
                 ) from error
 
 

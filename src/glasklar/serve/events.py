@@ -140,6 +140,8 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | Non
     finally:
         for one in (task, gone):
             one.cancel()
+        # What is cancelled ends before its source is closed. (Its error, if it has one, was raised above.)
+        await asyncio.wait({task, gone})
 
 
 async def _hung_up(request: Request) -> None:

@@ -14,6 +14,10 @@ from glasklar.errors import BusyError, CapacityError, GlasklarError
 from glasklar.serve.guard import error_body
 
 # Our own checks begin their messages with the parameter's name.
+# Parts of a place that are names of fields; the others are of our own forms.
+_NAME = re.compile(r"(?!(?:str|int|float|bool|list|dict)$)[a-z_][a-z0-9_]*|[0-9]+")
+_UNREAD = {"image_url", "image", "input_image", "input_audio", "audio", "file", "input_file", "document", "video_url"}
+_UNREADABLE = "the body is no JSON text in UTF-8, or its brackets are nested too deep"
 _NAMED = re.compile(r"(?:Value error, )?([a-z_]+(?:\.[a-z_]+)*): ")
 
 
@@ -38,14 +42,19 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        # Of the forms that a value may have, the one that it comes closest to has the deepest fault.
+        first = max(error.errors(), key=lambda each: len(each["loc"]))
         if first["type"] == "json_invalid":
             what = f"the body is no JSON ({first['ctx']['error']} at character {first['loc'][-1]})"
             return JSONResponse(error_body(_safe(what), "invalid_request_error"), 400)
         if isinstance(first.get("input"), bytes):  # FastAPI reads JSON only where the header says that it is
             what = "the body is JSON; say so in a header: content-type: application/json"
             return JSONResponse(error_body(what, "invalid_request_error"), 400)
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        names = [str(part) for part in first["loc"] if part != "body" and _NAME.fullmatch(str(part))]
+        place = ".".join(names) or None
+        if names and names[-1] == "type" and str(first.get("input")) in _UNREAD:
+            what, place = f"{first['input']} cannot be read here, only text", ".".join(names[:-1])
+            return JSONResponse(error_body(_safe(f"{place}: {what}"), "invalid_request_error", _safe(place)), 400)
         what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         param = place or _param(what)
         message = what if what.startswith(f"{param}: ") else f"{place}: {what}" if place else what
@@ -54,7 +63,8 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        body = error_body(_safe(str(error.detail)), "invalid_request_error", code=code)
+        said = _UNREADABLE if error.detail == "There was an error parsing the body" else str(error.detail)
+        body = error_body(_safe(said), "invalid_request_error", code=code)
         return JSONResponse(body, error.status_code, headers=getattr(error, "headers", None))
 
     @app.exception_handler(Exception)

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import ipaddress
 import json
+import logging
 import os
 import signal
 import socket
@@ -260,6 +261,10 @@ def serve(
             tracing=tracing,
             conversations=conversations_in(site.home),
             receipts=Receipts(site.home),
+        )
+        # Who stops it twice knows that what is streamed ends there.
+        logging.getLogger("uvicorn.error").addFilter(
+            lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
         )
         try:
             server_of(backend, door, site).run(sockets=[listening])

@@ -80,7 +80,9 @@ class Inbox:
                     self._wake.set()
                 if not (content := self._channel.recv(1 << 16)):
                     break
-        except (OSError, ValueError) as error:
+        except OSError:
+            pass  # it is gone without a farewell
+        except ValueError as error:
             log.error("the server: %s", error)
         finally:
             self.ended = True  # the server is gone; what is being computed is of use to nobody
@@ -259,8 +261,11 @@ def run(channel: socket.socket) -> None:
     sending = threading.Lock()
 
     def send(message: Message) -> None:
-        with sending:
-            channel.sendall(frame(message))
+        try:
+            with sending:
+                channel.sendall(frame(message))
+        except OSError:
+            sys.exit(0)  # the server is gone; what is being computed is of use to nobody
 
     frames = Frames()
     first = _first(channel, frames)
