@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def test_forged_answers_are_found(change: str, taught: Path, tmp_path: Path) -> 
     loaded = load_recipe(str(taught / "recipe.toml"))
     wrong = [trace for trace in distil.read_traces(path) if not distil.is_right(loaded, 1, trace)]
     assert len(wrong) == (0 if change == "added" else 1)
+    beyond = replace(distil.read_traces(taught / "data" / "traces-01.jsonl")[0], number=40)
+    assert not distil.is_right(loaded, 1, beyond)
 
 
 @pytest.mark.parametrize(

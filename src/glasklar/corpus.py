@@ -106,7 +106,8 @@ def prepare(recipe: Recipe, folder: Path, workers: int = 1, teachers: Teachers |
     if taught := stages_taught(recipe):
         if teachers is None:
             raise DataError(f"{folder}: the answers of {taught[0][1].teacher!r} are missing, and no teacher is at hand")
-        facts["traces"] = {traces_name(index): make_traces(recipe, index, folder, teachers) for index, _ in taught}
+        with teachers.during():
+            facts["traces"] = {traces_name(index): make_traces(recipe, index, folder, teachers) for index, _ in taught}
     write_atomic(facts_path, canonical_json(facts))
     return Corpus(tokenizer=tokenizer, train=packed, held_out=kept_out, traces=_traces(recipe, folder), facts=facts)
 

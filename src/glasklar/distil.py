@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,13 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Teachers:
-    """Where teachers are found and what they run on; `tell` hears what is done, problems asked, and problems in all."""
+    """Where teachers are found and what they run on. `tell` hears what is done, problems asked, and problems in all;
+    `during` is open while they are asked."""
 
     home: Path
     runtime: Runtime
     tell: Callable[[str, int, int], None] = lambda text, done, total: None
+    during: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def traces_name(index: int) -> str:
@@ -177,6 +180,9 @@ def trace_tokens(traces: Sequence[Trace], tokenizer: Tokenizer) -> Iterator[tupl
 
 
 def is_right(recipe: Recipe, index: int, trace: Trace) -> bool:
-    """Whether a trace answers a training problem of stage `index`, and rightly so by the task's checker."""
+    """Whether a trace answers one of the training problems of stage `index`, and rightly so by the task's checker."""
+    stage = recipe.stages[index]
+    if not isinstance(stage, DistilStage) or not 0 <= trace.number < stage.problems:
+        return False
     task, problem = Mixture.of(recipe.tasks).draw("train", _seed(recipe, index), trace.number)
     return problem.question == trace.question and task.check(problem, trace.answer)

@@ -5,6 +5,8 @@ stopped. Everything that happens goes into the ledger; what a person watches goe
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -78,6 +80,7 @@ class Pipeline:
         self.corpus: Corpus
         self.measuring: Measuring
         self.segment: Segment | None = None
+        self.taught: dict[str, Any] = {}  # what teachers took, if they were asked now
         self.seconds_before = 0.0
         self.started = time.monotonic()
 
@@ -133,10 +136,8 @@ class Pipeline:
             name = newest.name if newest else None
             ledger.append("resumed", {"checkpoint": name, "machine": machine, "lost": lost})
         self.reporter.note("reading the sources, training the tokenizer")
-        began, meter = time.monotonic(), EnergyMeter(self.runtime.device).start()
-        teachers = Teachers(home=self.home, runtime=self.runtime, tell=self.reporter.work)
+        teachers = Teachers(home=self.home, runtime=self.runtime, tell=self.reporter.work, during=self._metered)
         self.corpus = prepare(self.recipe, self.run.path / "data", self.runtime.threads, teachers)
-        energy = meter.stop()
         self.measuring = Measuring(self.recipe, self.corpus)
         if not self.corpus.held_out and not only_tasks(self.recipe):
             share = self.recipe.evaluation.held_out
@@ -146,13 +147,19 @@ class Pipeline:
             ledger.append(
                 "tokenizer", {"hash": self.corpus.tokenizer.hash, "vocab_size": self.corpus.tokenizer.vocab_size}
             )
-            if self.corpus.traces:
-                took = {"seconds": time.monotonic() - began, "energy": energy.record(), "cost": energy.cost()}
-                ledger.append("taught", took)
+            if self.taught:
+                ledger.append("taught", self.taught)
         if newest is None:
             self.run.metrics.cut(START)
         else:
             self._restore(newest)
+
+    @contextmanager
+    def _metered(self) -> Iterator[None]:
+        began, meter = time.monotonic(), EnergyMeter(self.runtime.device).start()
+        yield
+        energy = meter.stop()
+        self.taught = {"seconds": time.monotonic() - began, "energy": energy.record(), "cost": energy.cost()}
 
     def _restore(self, folder: Path) -> None:
         self.training.restore(*load_state(folder))

@@ -136,12 +136,19 @@ def _traces(run: RunDir, index: int, recorded: dict[str, Any], found: Findings) 
     subject, recipe = f"data/{path.name}", Recipe.read(run.recipe(), run.identity_file.name)
     traces = read_traces(path)
     if not found.expect(
-        sha256_file(path) == facts["file"] and len(traces) == facts["kept"],
+        sha256_file(path) == facts["file"] and len(set(traces)) == len(traces) == facts["kept"],
         subject,
         f"the recorded {len(traces):,} answers of the teacher with the root {facts['teacher_root']}",
         "other answers of a teacher than recorded",
     ):
         return
+    stage = recipe.stages[index]
+    found.expect(
+        facts["kept"] <= facts["right"] <= facts["answers"] == stage.problems * stage.samples,  # type: ignore[union-attr]
+        f"{subject}, counts",
+        f"{facts['right']:,} of {facts['answers']:,} answers were right",
+        f"{facts['kept']} kept of {facts['right']} right of {facts['answers']} answers do not go with the recipe",
+    )
     wrong = [line for line, trace in enumerate(traces, start=1) if not is_right(recipe, index, trace)]
     found.expect(
         not wrong,
