@@ -24,7 +24,7 @@ from glasklar.provenance.hashing import canonical_json, merkle_root, sha256_file
 from glasklar.provenance.ledger import Event
 from glasklar.provenance.metrics import read_metrics
 from glasklar.provenance.rundir import RunDir
-from glasklar.recipe import Recipe, load_recipe
+from glasklar.recipe import DistilStage, Recipe, load_recipe
 from glasklar.runtime import Runtime
 from glasklar.training import state_at
 
@@ -121,15 +121,15 @@ def _data(run: RunDir, recorded: dict[str, Any], tokenizer: dict[str, Any], foun
             f"the recorded list of {removed} documents that were left out, with reasons",
             "another list of documents that were left out than recorded",
         )
-    for index, _ in stages_taught(Recipe.read(run.recipe(), run.identity_file.name)):
-        found.guard(f"data/{traces_name(index)}", partial(_traces, run, index, recorded, found))
+    for index, stage in stages_taught(Recipe.read(run.recipe(), run.identity_file.name)):
+        found.guard(f"data/{traces_name(index)}", partial(_traces, run, index, stage, recorded, found))
     _tokenizer(run.data, tokenizer["hash"], found)
     found.unchecked(
         "data root", "that the documents give this root: `glasklar replay --rebuild-data` makes them from their sources"
     )
 
 
-def _traces(run: RunDir, index: int, recorded: dict[str, Any], found: Findings) -> None:
+def _traces(run: RunDir, index: int, stage: DistilStage, recorded: dict[str, Any], found: Findings) -> None:
     """A teacher's answers: the recorded ones, right ones, and to training problems, which no evaluation asks."""
     path = run.data / traces_name(index)
     facts = recorded["traces"][path.name]
@@ -142,9 +142,8 @@ def _traces(run: RunDir, index: int, recorded: dict[str, Any], found: Findings) 
         "other answers of a teacher than recorded",
     ):
         return
-    stage = recipe.stages[index]
     found.expect(
-        facts["kept"] <= facts["right"] <= facts["answers"] == stage.problems * stage.samples,  # type: ignore[union-attr]
+        facts["kept"] <= facts["right"] <= facts["answers"] == stage.problems * stage.samples,
         f"{subject}, counts",
         f"{facts['right']:,} of {facts['answers']:,} answers were right",
         f"{facts['kept']} kept of {facts['right']} right of {facts['answers']} answers do not go with the recipe",
