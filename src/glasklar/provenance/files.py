@@ -29,7 +29,10 @@ def disk_error(number: int | None, path: Path) -> CapacityError | CheckpointErro
             f"{path}: no room to write ({reason}); free some space and repeat the command: nothing was overwritten"
         )
     if number in _FORBIDDEN:
-        return CheckpointError(f"{path}: cannot be written ({reason}); make the folder writable or choose another one")
+        return CheckpointError(
+            f"{path}: cannot be written ({reason}); make the folder writable or choose another one ("
+            "of the user's data: $GLASKLAR_HOME)"
+        )
     return CheckpointError(f"{path}: cannot be written ({reason}); mend the disk or choose another folder")
 
 
