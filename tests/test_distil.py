@@ -95,6 +95,36 @@ def test_right_answers_once_each(taught: Path, smoke_run: Path) -> None:
     assert events[-1] == "released"
 
 
+def test_a_teacher_that_is_stopped_is_asked_nothing_twice(
+    taught: Path, smoke_run: Path, tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "AT_ONCE", 9)  # five rounds
+    asked = 0
+
+    def stopping(*given: Any, **settings: Any) -> list[Answer]:
+        nonlocal asked
+        asked += 1
+        if asked == 4:
+            raise KeyboardInterrupt
+        return clever(*given, **settings)
+
+    monkeypatch.setattr(distil, "ask", stopping)
+    path = recipe(tmp_path, str(smoke_run))
+    with pytest.raises(KeyboardInterrupt):
+        api.train(str(path), runtime=runtime, home=tmp_path)
+    run = tmp_path / "runs" / "student"
+    part = run / "data" / "traces-01.part"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-5])  # the last of three is torn
+    assert verify(run, home=tmp_path).verdict == "holds"
+    api.train(str(path), runtime=runtime, home=tmp_path)
+    assert asked == 4 + 3  # the third is asked again, the fourth and the fifth
+    assert not part.exists()
+    facts = json.loads((run / "data" / "facts.json").read_text())["traces"]["traces-01.jsonl"]
+    assert (facts["answers"], facts["right"], facts["kept"]) == (80, 54, 27)
+    assert verify(run, home=tmp_path).verdict == "holds"
+
+
 def test_only_the_reply_is_learned(taught: Path) -> None:
     tokenizer = Tokenizer.load(taught / "data")
     traces = distil.read_traces(taught / "data" / "traces-01.jsonl")

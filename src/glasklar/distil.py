@@ -20,7 +20,7 @@ from glasklar.errors import CheckpointError, DataError, RequestError
 from glasklar.eval.answers import Answer, ask
 from glasklar.loading import find_model, load
 from glasklar.model.cost import decode_flops_per_token
-from glasklar.provenance.files import write_atomic
+from glasklar.provenance.files import write_atomic, writing
 from glasklar.provenance.hashing import canonical_json, sha256_file
 from glasklar.provenance.receipt import model_root
 from glasklar.recipe import DistilStage, Recipe
@@ -55,6 +55,11 @@ def traces_name(index: int) -> str:
     return f"traces-{index:02d}.jsonl"
 
 
+def part_name(index: int) -> str:
+    """The file that grows while the teacher of a stage answers."""
+    return f"traces-{index:02d}.part"
+
+
 def stages_taught(recipe: Recipe) -> list[tuple[int, DistilStage]]:
     return [(index, stage) for index, stage in enumerate(recipe.stages) if isinstance(stage, DistilStage)]
 
@@ -84,44 +89,73 @@ def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers) ->
     assert isinstance(stage, DistilStage)
     place = find_teacher(stage, teachers.home)
     try:
-        model = load(place, teachers.runtime, quantize=stage.quantize)
+        model = load(place, teachers.runtime, None if stage.quantize else "bfloat16", quantize=stage.quantize)
     except CheckpointError as error:
         raise DataError(f"teacher = {stage.teacher!r}: {error}") from None
     if model.tokenizer is None:
         raise DataError(f"teacher = {stage.teacher!r}: {place} has no tokenizer.json, so it cannot be asked")
-    engine, traces = Engine(model.network), list[Trace]()
-    sampled = right = 0
-    for first in range(0, stage.problems, AT_ONCE):
+    engine, root, path = Engine(model.network), model_root(place), folder / traces_name(index)
+    rounds = Rounds(folder / part_name(index), [root, recipe.hash, index, AT_ONCE])
+    for first in range(len(rounds.done) * AT_ONCE, stage.problems, AT_ONCE):
         teachers.tell("Teacher", first, stage.problems)
         count = min(AT_ONCE, stage.problems - first)
         try:
             answers = _asked(recipe, index, engine, model.tokenizer, first, count)
         except RequestError as error:  # it takes no messages, or its context is too short
             raise DataError(f"teacher = {stage.teacher!r}: {error}") from None
-        sampled += sum(len(answer.completion.ids) for answer in answers)
-        right += sum(answer.correct for answer in answers)
-        traces += _different(answers, model.tokenizer, stage, first)
+        rounds.add(
+            sampled=sum(len(answer.completion.ids) for answer in answers),
+            right=sum(answer.correct for answer in answers),
+            traces=[asdict(trace) for trace in _different(answers, model.tokenizer, stage, first)],
+        )
     teachers.tell("Teacher", stage.problems, stage.problems)
+    traces, sampled = [trace for each in rounds.done for trace in each["traces"]], rounds.total("sampled")
     if not traces:
         raise DataError(
             f"teacher = {stage.teacher!r}: none of its {stage.problems * stage.samples:,} answers is right, so there "
             "is nothing to learn from; take another teacher, tell it with `instruction` how to answer, or raise "
             "max_tokens"
         )
-    path = folder / traces_name(index)
-    write_atomic(path, b"".join(canonical_json(asdict(trace)) + b"\n" for trace in traces))
+    write_atomic(path, b"".join(canonical_json(trace) + b"\n" for trace in traces))
+    rounds.path.unlink()
     return {
         "teacher": model.name,
-        "teacher_root": model_root(place),
+        "teacher_root": root,
         "licence": stage.licence,
         "problems": stage.problems,
         "answers": stage.problems * stage.samples,
-        "right": right,
+        "right": rounds.total("right"),
         "kept": len(traces),
         "sampled_tokens": sampled,
         "flops": sampled * decode_flops_per_token(model.config, stage.max_tokens),
         "file": sha256_file(path),
     }
+
+
+class Rounds:
+    """What a teacher has answered so far, a line a round, so that whoever stops it asks nothing twice. Lines after a
+    torn one, and those of another teacher or recipe (`key`), count for nothing."""
+
+    def __init__(self, path: Path, key: list[Any]) -> None:
+        self.path, self.done = path, list[dict[str, Any]]()
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        head = canonical_json(key) + b"\n"
+        for line in lines[1:] if lines[:1] == [head] else []:
+            if not line.endswith(b"\n"):
+                break
+            self.done.append(json.loads(line))
+        write_atomic(path, head + b"".join(map(self._line, self.done)))
+
+    def add(self, **found: Any) -> None:
+        self.done.append(found)
+        with writing(self.path), self.path.open("ab") as file:
+            file.write(self._line(found))
+
+    def total(self, name: str) -> int:
+        return sum(each[name] for each in self.done)
+
+    def _line(self, found: dict[str, Any]) -> bytes:
+        return canonical_json(found) + b"\n"
 
 
 def _seed(recipe: Recipe, index: int) -> int:

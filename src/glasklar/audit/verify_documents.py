@@ -10,6 +10,7 @@ from glasklar.audit.seal import sealed_files
 from glasklar.audit.verify_replays import checkpoint_events
 from glasklar.corpus import REMOVED, TRAIN
 from glasklar.data.tokenizer import Tokenizer
+from glasklar.distil import part_name, stages_taught, traces_name
 from glasklar.provenance.energy import JOULES_PER_KWH
 from glasklar.provenance.environment import files_hash, installed_versions
 from glasklar.provenance.ledger import Event, exact
@@ -108,7 +109,10 @@ def _documents(run: RunDir, events: list[Event], found: Findings) -> None:
 def _parts(run: RunDir, events: list[Event], found: Findings) -> None:
     """Nothing lies in the folder that is no part of a run. Signed or not, code beside weights is not harmless."""
     released = [event.data["files"] for event in events if event.event == "released"]
-    traces = {name for event in events if event.event == "data" for name in event.data.get("traces", {})}
+    data = next((event.data for event in events if event.event == "data"), None)
+    taught = [index for index, _ in stages_taught(Recipe.read(run.recipe(), run.identity_file.name))]
+    traces = {part_name(index) for index in taught} if data is None else set()  # its teacher is still answering
+    traces |= {traces_name(index) for index in taught}
     tokenizer = Tokenizer.load(run.data).files() if _has_tokenizer(run) else ()
     inside = {
         "model": {*released[-1], "README.md", ATTESTATION} if released else set(),
