@@ -181,13 +181,23 @@ def test_forged_answers_are_found(change: str, taught: Path, tmp_path: Path) -> 
         ("nobody", (), "teacher = 'nobody': no model 'nobody'"),
         ("TEACHER", (f'teacher_root = "{"0" * 64}"',), "the recipe asks for 0000"),
         ("TEACHER", ("instruction = '" + "word " * 300 + "'",), "teacher = .*smoke.*: .*256"),
+        ("RIGHT", ("length = 8",), "all of its 27 right answers are longer than the rows of length = 8"),
         ("TEACHER", (), "none of its 80 answers is right"),
     ],
 )
 def test_teachers_that_will_not_do(
-    teacher: str, more: tuple[str, ...], words: str, smoke_run: Path, tmp_path: Path, runtime: Runtime
+    teacher: str,
+    more: tuple[str, ...],
+    words: str,
+    smoke_run: Path,
+    tmp_path: Path,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = recipe(tmp_path, str(smoke_run) if teacher == "TEACHER" else teacher, *more)
+    path = recipe(tmp_path, str(smoke_run) if teacher in ("TEACHER", "RIGHT") else teacher, *more)
+    if teacher == "RIGHT":
+        monkeypatch.setattr(distil, "ask", clever)
+        path.write_text(path.read_text().replace("length = 128\ncheckpoint_every = 2\n", "checkpoint_every = 2\n"))
     with pytest.raises(DataError, match=words):
         api.train(str(path), runtime=runtime, home=tmp_path)
     assert not (tmp_path / "runs" / "student" / "recipe.json").exists()  # the name is free for the mended recipe

@@ -53,7 +53,7 @@ class Corpus:
     train: PackedDocuments
     held_out: list[Document]
     traces: dict[int, list[Trace]]
-    facts: dict[str, object]
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def prepare(recipe: Recipe, folder: Path, workers: int = 1, teachers: Teachers |
     packed = PackedDocuments.of(list(_encoded(recipe, train, tokenizer)))
     packed.save(folder / TRAIN)
     trees = document_trees(train)
-    facts: dict[str, object] = {
+    facts: dict[str, Any] = {
         "documents": len(train),
         "bytes": sum(len(text.encode()) for text in texts),
         "tokens": len(packed.ids),
@@ -107,7 +107,9 @@ def prepare(recipe: Recipe, folder: Path, workers: int = 1, teachers: Teachers |
         if teachers is None:
             raise DataError(f"{folder}: the answers of {taught[0][1].teacher!r} are missing, and no teacher is at hand")
         with teachers.during():
-            facts["traces"] = {traces_name(index): make_traces(recipe, index, folder, teachers) for index, _ in taught}
+            facts["traces"] = {
+                traces_name(index): make_traces(recipe, index, folder, teachers, tokenizer) for index, _ in taught
+            }
     write_atomic(facts_path, canonical_json(facts))
     return Corpus(tokenizer=tokenizer, train=packed, held_out=kept_out, traces=_traces(recipe, folder), facts=facts)
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ def find_teacher(stage: DistilStage, home: Path) -> Path:
     return folder
 
 
-def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers) -> dict[str, Any]:
-    """Lets the teacher of stage `index` answer, and writes what is right to `folder`; returns the facts about it.
+def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Lets the teacher of stage `index` answer, and writes what is right to `folder`; returns the facts about it. What
+    is longer than a row of the stage in the student's `tokenizer` is left out: a piece of an answer teaches nothing.
 
     Everything follows from the teacher's weights, the recipe and the class of machine. Raises DataError where the
     teacher is missing, cannot be asked, or answers nothing rightly.
@@ -109,14 +111,21 @@ def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers) ->
             traces=[asdict(trace) for trace in _different(answers, model.tokenizer, stage, first)],
         )
     teachers.tell("Teacher", stage.problems, stage.problems)
-    traces, sampled = [trace for each in rounds.done for trace in each["traces"]], rounds.total("sampled")
+    found = [Trace(**trace) for each in rounds.done for trace in each["traces"]]
+    fits = [len(ids) <= stage.length for ids, _ in trace_tokens(found, tokenizer)]
+    traces, sampled = list(compress(found, fits)), rounds.total("sampled")
+    if found and not traces:
+        raise DataError(
+            f"teacher = {stage.teacher!r}: all of its {len(found):,} right answers are longer than the rows of "
+            f"length = {stage.length} tokens; raise length"
+        )
     if not traces:
         raise DataError(
             f"teacher = {stage.teacher!r}: none of its {stage.problems * stage.samples:,} answers is right, so there "
             "is nothing to learn from; take another teacher, tell it with `instruction` how to answer, or raise "
             "max_tokens"
         )
-    write_atomic(path, b"".join(canonical_json(trace) + b"\n" for trace in traces))
+    write_atomic(path, b"".join(canonical_json(asdict(trace)) + b"\n" for trace in traces))
     rounds.path.unlink()
     return {
         "teacher": model.name,
@@ -126,6 +135,7 @@ def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers) ->
         "answers": stage.problems * stage.samples,
         "right": rounds.total("right"),
         "kept": len(traces),
+        "too_long": len(found) - len(traces),
         "sampled_tokens": sampled,
         "flops": sampled * decode_flops_per_token(model.config, stage.max_tokens),
         "file": sha256_file(path),

@@ -149,6 +149,8 @@ class Pipeline:
             )
             if self.taught:
                 ledger.append("taught", self.taught)
+            for found in self.corpus.facts.get("traces", {}).values():
+                self.reporter.note(told(found))
         if newest is None:
             self.run.metrics.cut(START)
         else:
@@ -275,6 +277,15 @@ class Pipeline:
         save_model(self.model, self.run.model, extra=extra)
         files = {path.name: sha256_file(path) for path in sorted(self.run.model.iterdir())}
         self.run.ledger.append("released", {"files": files, "skipped": self.position.skipped, "seconds": self.seconds})
+
+
+def told(traces: dict[str, Any]) -> str:
+    """What a teacher's answers came to."""
+    long = f", {traces['too_long']:,} too long for the rows" if traces["too_long"] else ""
+    return (
+        f"{traces['teacher']} answered {traces['right']:,} of {traces['answers']:,} times rightly; "
+        f"{traces['kept']:,} answers are kept{long}"
+    )
 
 
 def state_after(recipe: Recipe, run: Path, index: int, runtime: Runtime) -> Transformer:
