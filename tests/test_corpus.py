@@ -212,7 +212,7 @@ def latin(tmp_path: Path) -> tuple[str, list[str]]:
 
 def broken_line(tmp_path: Path) -> tuple[str, list[str]]:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": \n')
-    return jsonl_source(tmp_path / "a.jsonl"), ["a.jsonl", "line 2", "'text'"]
+    return jsonl_source(tmp_path / "a.jsonl"), ["a.jsonl", "line 2", "is no JSON"]
 
 
 def other_field(tmp_path: Path) -> tuple[str, list[str]]:
