@@ -85,7 +85,8 @@ def test_right_answers_once_each(taught: Path, smoke_run: Path) -> None:
     assert not {trace.number for trace in traces} & set(range(2, 40, 3))
     assert facts["teacher_root"] == model_root(smoke_run / "model")
     loaded = load_recipe(str(taught / "recipe.toml"))
-    assert all(distil.is_right(loaded, 1, trace) and trace.thought for trace in traces)
+    assert not distil.wrong_lines(loaded, 1, traces)
+    assert all(trace.thought for trace in traces)
     mixture = distil.Mixture.of(loaded.tasks)
     drawn = [mixture.draw("train", 3001, trace.number)[1] for trace in traces]
     assert [problem.question for problem in drawn] == [trace.question for trace in traces]
@@ -169,10 +170,9 @@ def test_forged_answers_are_found(change: str, taught: Path, tmp_path: Path) -> 
     assert any("traces-01" in entry.subject for entry in verify(run, home=tmp_path).failures)
     # Even where all hashes were made to fit:
     loaded = load_recipe(str(taught / "recipe.toml"))
-    wrong = [trace for trace in distil.read_traces(path) if not distil.is_right(loaded, 1, trace)]
-    assert len(wrong) == (0 if change == "added" else 1)
+    assert distil.wrong_lines(loaded, 1, distil.read_traces(path)) == ([] if change == "added" else [1])
     beyond = replace(distil.read_traces(taught / "data" / "traces-01.jsonl")[0], number=40)
-    assert not distil.is_right(loaded, 1, beyond)
+    assert distil.wrong_lines(loaded, 1, [beyond]) == [1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The recipe of the student with the page's stage and task."""
     [stage, task], [module] = blocks("toml"), blocks("python")
     (tmp_path / "my_tasks.py").write_text(module, encoding="utf-8")

@@ -254,8 +254,10 @@ def workload(recipe: Recipe) -> Workload:
     """How a recipe trains and is served: its longest rows, its largest batch, its optimisers."""
     lengths = [stage.rollout.length if isinstance(stage, RLStage) else stage.length for stage in recipe.stages]
     batches = [
-        (stage.rollout.rows_multiple if isinstance(stage, RLStage) else stage.micro or stage.rows) * length
-        for stage, length in zip(recipe.stages, lengths, strict=True)
+        stage.rollout.prompts * stage.rollout.samples * stage.rollout.max_tokens // stage.rollout.updates
+        if isinstance(stage, RLStage)
+        else (stage.micro or stage.rows) * stage.length
+        for stage in recipe.stages
     ]
     kinds = [stage.optimizer.kind for stage in recipe.stages]
     largest = "adamw" if "adamw" in kinds else kinds[0]

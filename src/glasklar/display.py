@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -24,7 +24,9 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from glasklar.model.plan import Plan
-from glasklar.pipeline import Stop
+
+if TYPE_CHECKING:  # the pipeline brings torch along, which lists and tables do not need
+    from glasklar.pipeline import Stop
 
 NAMES = {"pretrain": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement", "distil": "Distillation"}
 QUIET_SECONDS = 30.0
@@ -73,7 +75,7 @@ class TerminalReporter:
             transient=False,
             disable=not console.is_terminal,
         )
-        self.name, self.of, self.began = "", 0, 0.0
+        self.name, self.of, self.began = "", 0, (0.0, 0)
         self.task: TaskID | None = None
         self.accuracy: float | None = None
         self.warned: set[str] = set()
@@ -128,10 +130,11 @@ class TerminalReporter:
 
     def work(self, text: str, done: int, total: int) -> None:
         """Work before the first step, of which there is no line in the metrics."""
-        if text != self.name:
-            self.began = time.monotonic()
+        if text != self.name or done < self.began[1]:
+            self.began = time.monotonic(), done  # it may go on in the middle
             self.stage(text, done, total)
-        left = (time.monotonic() - self.began) / done * (total - done) if done else None
+        since, first = self.began
+        left = (time.monotonic() - since) / (done - first) * (total - done) if done > first else None
         self._show(done, "" if left is None else f"{minutes(left)} left")
 
 

@@ -97,12 +97,12 @@ def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers, to
     if model.tokenizer is None:
         raise DataError(f"teacher = {stage.teacher!r}: {place} has no tokenizer.json, so it cannot be asked")
     engine, root, path = Engine(model.network), model_root(place), folder / traces_name(index)
+    mixture = Mixture.of(recipe.tasks)
     rounds = Rounds(folder / part_name(index), [root, recipe.hash, index, AT_ONCE])
     for first in range(len(rounds.done) * AT_ONCE, stage.problems, AT_ONCE):
         teachers.tell("Teacher", first, stage.problems)
-        count = min(AT_ONCE, stage.problems - first)
         try:
-            answers = _asked(recipe, index, engine, model.tokenizer, first, count)
+            answers = _asked(stage, mixture, _seed(recipe, index), engine, model.tokenizer, first)
         except RequestError as error:  # it takes no messages, or its context is too short
             raise DataError(f"teacher = {stage.teacher!r}: {error}") from None
         rounds.add(
@@ -125,7 +125,7 @@ def make_traces(recipe: Recipe, index: int, folder: Path, teachers: Teachers, to
             "is nothing to learn from; take another teacher, tell it with `instruction` how to answer, or raise "
             "max_tokens"
         )
-    write_atomic(path, b"".join(canonical_json(asdict(trace)) + b"\n" for trace in traces))
+    write_atomic(path, b"".join(_line(asdict(trace)) for trace in traces))
     rounds.path.unlink()
     return {
         "teacher": model.name,
@@ -149,23 +149,25 @@ class Rounds:
     def __init__(self, path: Path, key: list[Any]) -> None:
         self.path, self.done = path, list[dict[str, Any]]()
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        head = canonical_json(key) + b"\n"
+        head = _line(key)
         for line in lines[1:] if lines[:1] == [head] else []:
-            if not line.endswith(b"\n"):
+            try:
+                self.done.append(json.loads(line))
+            except ValueError:  # torn
                 break
-            self.done.append(json.loads(line))
-        write_atomic(path, head + b"".join(map(self._line, self.done)))
+        write_atomic(path, head + b"".join(map(_line, self.done)))
 
     def add(self, **found: Any) -> None:
         self.done.append(found)
         with writing(self.path), self.path.open("ab") as file:
-            file.write(self._line(found))
+            file.write(_line(found))
 
     def total(self, name: str) -> int:
         return sum(each[name] for each in self.done)
 
-    def _line(self, found: dict[str, Any]) -> bytes:
-        return canonical_json(found) + b"\n"
+
+def _line(value: Any) -> bytes:
+    return canonical_json(value) + b"\n"
 
 
 def _seed(recipe: Recipe, index: int) -> int:
@@ -173,13 +175,14 @@ def _seed(recipe: Recipe, index: int) -> int:
     return recipe.seed * 1000 + index
 
 
-def _asked(recipe: Recipe, index: int, engine: Engine, tokenizer: Tokenizer, first: int, count: int) -> list[Answer]:
-    stage, seed, mixture = recipe.stages[index], _seed(recipe, index), Mixture.of(recipe.tasks)
-    assert isinstance(stage, DistilStage)
+def _asked(
+    stage: DistilStage, mixture: Mixture, seed: int, engine: Engine, tokenizer: Tokenizer, first: int
+) -> list[Answer]:
+    """The teacher's answers of one round, to the problems from number `first` on."""
     return ask(
         engine,
         tokenizer,
-        [mixture.draw("train", seed, first + i) for i in range(count)],
+        [mixture.draw("train", seed, i) for i in range(first, min(first + AT_ONCE, stage.problems))],
         max_tokens=stage.max_tokens,
         samples=stage.samples,
         temperature=stage.temperature,
@@ -223,10 +226,16 @@ def trace_tokens(traces: Sequence[Trace], tokenizer: Tokenizer) -> Iterator[tupl
         yield demonstration(tokenizer, trace.question, trace.thought or None, trace.answer)
 
 
-def is_right(recipe: Recipe, index: int, trace: Trace) -> bool:
-    """Whether a trace answers one of the training problems of stage `index`, and rightly so by the task's checker."""
-    stage = recipe.stages[index]
-    if not isinstance(stage, DistilStage) or not 0 <= trace.number < stage.problems:
-        return False
-    task, problem = Mixture.of(recipe.tasks).draw("train", _seed(recipe, index), trace.number)
-    return problem.question == trace.question and task.check(problem, trace.answer)
+def wrong_lines(recipe: Recipe, index: int, traces: Sequence[Trace]) -> list[int]:
+    """Numbers, from 1, of those traces that answer no training problem of stage `index`, or not rightly by the task's
+    checker."""
+    stage, seed, mixture = recipe.stages[index], _seed(recipe, index), Mixture.of(recipe.tasks)
+    assert isinstance(stage, DistilStage)
+
+    def right(trace: Trace) -> bool:
+        if not 0 <= trace.number < stage.problems:
+            return False
+        task, problem = mixture.draw("train", seed, trace.number)
+        return problem.question == trace.question and task.check(problem, trace.answer)
+
+    return [line for line, trace in enumerate(traces, start=1) if not right(trace)]

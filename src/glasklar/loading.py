@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 DTYPES: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16"}
 Progress = Callable[[int, int], None]
+_FOLDER = "a model is a folder with config.json, safetensors and tokenizer, as the hub has it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +123,15 @@ def find_model(name: str, home: Path) -> Path:
             )
     if Path(name).is_file():
         kind = "GGUF files are written (glasklar convert), not read" if name.endswith(".gguf") else "it is a file"
-        raise CheckpointError(
-            f"{name}: {kind}; a model is a folder with config.json, safetensors and tokenizer, as the hub has it"
-        )
+        raise CheckpointError(f"{name}: {kind}; {_FOLDER}")
+    pulled = folder_of(name, home) if is_id(name) else None
+    if pulled is not None and (pulled / RECORD).is_file():
+        return pulled
     if Path(name).is_dir():
-        raise CheckpointError(
-            f"{name}: has no config.json; a model is a folder with config.json, safetensors and tokenizer, as the hub "
-            "has it"
-        )
-    if is_id(name):
-        return _pulled(name, home)
+        raise CheckpointError(f"{name}: has no config.json; {_FOLDER}")
+    if pulled is not None:
+        state = "only a part of it is" if pulled.is_dir() else "neither a folder nor a model that is"
+        raise CheckpointError(f"no model {name!r}: {state} here; fetch it with: glasklar pull {name}")
     runs = home / "runs"
     known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
     near = difflib.get_close_matches(name, known, n=1)
@@ -171,14 +171,6 @@ def name_of(folder: Path) -> str:
     if folder.name == "model":
         return folder.absolute().parent.name
     return folder.name.replace("--", "/", 1) if (folder / RECORD).is_file() else folder.absolute().name
-
-
-def _pulled(name: str, home: Path) -> Path:
-    folder = folder_of(name, home)
-    if (folder / RECORD).is_file():
-        return folder
-    state = "only a part of it is" if folder.is_dir() else "neither a folder nor a model that is"
-    raise CheckpointError(f"no model {name!r}: {state} here; fetch it with: glasklar pull {name}")
 
 
 def load(

@@ -49,16 +49,21 @@ class Stage(Section):
     language: LanguageConfig = LanguageConfig()
 
 
-class PretrainStage(Stage):
-    """Next-token prediction on the sources. A step sees `rows` packed rows of `length` tokens, `micro` at a time."""
+class LanguageStage(Stage):
+    """What stages of likelihood have: a step sees `rows` packed rows of `length` tokens, `micro` at a time."""
 
-    kind: Literal["pretrain"] = "pretrain"
     rows: int = Field(ge=1)
     length: int = Field(ge=8)
     micro: int | None = Field(default=None, ge=1)
 
 
-class SFTStage(Stage):
+class PretrainStage(LanguageStage):
+    """Next-token prediction on the sources."""
+
+    kind: Literal["pretrain"] = "pretrain"
+
+
+class SFTStage(LanguageStage):
     """Demonstrations in chat form, loss on the reply alone.
 
     demonstrations   how many exist: a finite set, as in R1's cold start
@@ -68,12 +73,9 @@ class SFTStage(Stage):
     kind: Literal["sft"] = "sft"
     demonstrations: int = Field(ge=1)
     thoughts: float = Field(default=0.5, ge=0, le=1)
-    rows: int = Field(ge=1)
-    length: int = Field(ge=8)
-    micro: int | None = Field(default=None, ge=1)
 
 
-class DistilStage(Stage):
+class DistilStage(LanguageStage):
     """A teacher's right answers as demonstrations, loss on the reply alone (R1's distillation): see `distil.py`.
 
     teacher        a run, a model folder or the hub id of a pulled model
@@ -96,9 +98,6 @@ class DistilStage(Stage):
     max_tokens: int = Field(default=96, ge=1)
     thinking: bool | None = None
     instruction: str = ""
-    rows: int = Field(ge=1)
-    length: int = Field(ge=8)
-    micro: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _varied(self) -> DistilStage:

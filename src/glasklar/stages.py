@@ -14,7 +14,7 @@ from glasklar.learn.loop import StepResult, train_step
 from glasklar.learn.objectives import language_loss
 from glasklar.learn.optim import Optimizer
 from glasklar.model.transformer import Transformer
-from glasklar.recipe import DistilStage, PretrainStage, RLStage, SFTStage
+from glasklar.recipe import LanguageStage, RLStage
 from glasklar.rl.doctor import examine
 from glasklar.rl.loop import rl_step
 
@@ -30,7 +30,7 @@ class LanguageRunner:
 
     def __init__(
         self,
-        stage: PretrainStage | SFTStage | DistilStage,
+        stage: LanguageStage,
         model: Transformer,
         optimizer: Optimizer,
         packer: Packer,

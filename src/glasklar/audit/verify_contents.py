@@ -15,7 +15,7 @@ from glasklar.audit.findings import Findings, plural
 from glasklar.audit.verify_replays import checkpoint_events
 from glasklar.corpus import REMOVED, TRAIN
 from glasklar.data.tokenizer import Tokenizer
-from glasklar.distil import is_right, read_traces, stages_taught, traces_name
+from glasklar.distil import read_traces, stages_taught, traces_name, wrong_lines
 from glasklar.errors import CheckpointError
 from glasklar.learn.state import load_state
 from glasklar.model.checkpoint import hf_tensors, load_model
@@ -148,7 +148,7 @@ def _traces(run: RunDir, index: int, stage: DistilStage, recorded: dict[str, Any
         f"{facts['right']:,} of {facts['answers']:,} answers were right",
         f"{facts['kept']} kept of {facts['right']} right of {facts['answers']} answers do not go with the recipe",
     )
-    wrong = [line for line, trace in enumerate(traces, start=1) if not is_right(recipe, index, trace)]
+    wrong = wrong_lines(recipe, index, traces)
     found.expect(
         not wrong,
         f"{subject}, answers",

@@ -18,12 +18,12 @@ from glasklar.convert.gguf_metadata import DType, architecture, metadata
 from glasklar.convert.gguf_tensors import entries
 from glasklar.convert.gguf_vocab import read_vocabulary
 from glasklar.errors import CheckpointError
-from glasklar.model.checkpoint import WEIGHTS, hf_tensors, load_model, new_folder, open_checkpoint
+from glasklar.model.checkpoint import WEIGHTS, hf_tensors, load_model, open_checkpoint
 from glasklar.model.hf_config import config_to_hf, read_json
 from glasklar.model.tensor_file import write_file
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import REFERENCE
-from glasklar.provenance.files import sync, write_atomic, writing
+from glasklar.provenance.files import new_folder, sync, write_atomic, writing
 
 Format = Literal["hf", "gguf"]
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

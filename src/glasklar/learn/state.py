@@ -12,9 +12,7 @@ not in `meta`.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,8 @@ from torch import Tensor
 
 from glasklar.errors import CheckpointError
 from glasklar.provenance.files import (
-    TEMPORARY,
+    new_folder,
     remove_folder,
-    replace_folder,
-    sync,
     write_atomic,
     write_tensors,
     writing,
@@ -58,21 +54,11 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = state_hash(ready, meta)
-    temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
-    with writing(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    try:
+    with new_folder(folder) as temporary:
         write_tensors(temporary / _TENSORS, ready)
         files = {_TENSORS: sha256_file(temporary / _TENSORS)}
         body = {"files": files, "meta": dict(meta), "state_hash": digest}
         write_atomic(temporary / _META, canonical_json({**body, "hash": sha256_hex(canonical_json(body))}))
-        with writing(folder):
-            sync(temporary)
-            replace_folder(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return digest
 
 

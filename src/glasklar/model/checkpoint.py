@@ -23,11 +23,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -44,7 +41,7 @@ from glasklar.model.quantised import Weight, read_storage, weights
 from glasklar.model.tensor_file import Stored, read_header, read_rows
 from glasklar.model.transformer import Transformer
 from glasklar.ops.select import Ops
-from glasklar.provenance.files import TEMPORARY, replace_folder, sync, write_atomic, write_tensors, writing
+from glasklar.provenance.files import new_folder, write_atomic, write_tensors
 
 __all__ = [
     "Checkpoint",
@@ -167,23 +164,6 @@ def save_model(model: Transformer, folder: Path, *, extra: Mapping[str, bytes] |
         write_tensors(temporary / WEIGHTS, tensors, {"format": "pt"})
         for name, content in sorted(files.items()):
             write_atomic(temporary / name, content)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` at the end, or vanishes after an error."""
-    temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
-    with writing(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        with writing(folder):
-            sync(temporary)
-            replace_folder(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _special_ids(files: Mapping[str, bytes]) -> dict[str, int]:

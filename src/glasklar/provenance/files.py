@@ -100,6 +100,23 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(gone)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` at the end, or vanishes after an error."""
+    temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
+    with writing(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        with writing(folder):
+            sync(temporary)
+            replace_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def sync(path: Path) -> None:
     """fsync of a file or folder that is already written. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)

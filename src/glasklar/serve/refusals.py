@@ -13,11 +13,11 @@ from starlette.responses import JSONResponse
 from glasklar.errors import BusyError, CapacityError, GlasklarError
 from glasklar.serve.guard import error_body
 
-# Our own checks begin their messages with the parameter's name.
 # Parts of a place that are names of fields; the others are of our own forms.
 _NAME = re.compile(r"(?!(?:str|int|float|bool|list|dict)$)[a-z_][a-z0-9_]*|[0-9]+")
 _UNREAD = {"image_url", "image", "input_image", "input_audio", "audio", "file", "input_file", "document", "video_url"}
 _UNREADABLE = "the body is no JSON text in UTF-8, or its brackets are nested too deep"
+# Our own checks begin their messages with the parameter's name.
 _NAMED = re.compile(r"(?:Value error, )?([a-z_]+(?:\.[a-z_]+)*): ")
 
 

@@ -214,6 +214,7 @@ class PacedProtocol(H11Protocol):
 def server_of(backend: Backend, door: Door, site: Site) -> uvicorn.Server:
     """The HTTP server. It ends when what it streams is done, or what it streams has had its time, or at a
     second signal."""
+    logging.getLogger("uvicorn.error").addFilter(_not_cut_off)
     config = uvicorn.Config(
         create_app(backend, door),
         http=type("Protocol", (PacedProtocol,), {"limits": door.limits}),
@@ -229,6 +230,11 @@ def server_of(backend: Backend, door: Door, site: Site) -> uvicorn.Server:
         ssl_keyfile=site.private_key,
     )
     return uvicorn.Server(config)
+
+
+def _not_cut_off(record: logging.LogRecord) -> bool:
+    """Who stops a server twice knows that what is streamed ends there: no traceback then."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def serve(
@@ -261,10 +267,6 @@ def serve(
             tracing=tracing,
             conversations=conversations_in(site.home),
             receipts=Receipts(site.home),
-        )
-        # Who stops it twice knows that what is streamed ends there.
-        logging.getLogger("uvicorn.error").addFilter(
-            lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
         )
         try:
             server_of(backend, door, site).run(sockets=[listening])

@@ -80,8 +80,8 @@ class Inbox:
                     self._wake.set()
                 if not (content := self._channel.recv(1 << 16)):
                     break
-        except OSError:
-            pass  # it is gone without a farewell
+        except OSError as error:
+            log.debug("the server is gone without a farewell: %s", error)
         except ValueError as error:
             log.error("the server: %s", error)
         finally:
