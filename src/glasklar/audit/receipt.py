@@ -83,13 +83,7 @@ def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: st
         found.fails("receipt", str(error))
         return found
     found.holds("signature", f"valid, made with the Ed25519 key {receipt.signer}")
-    if key is None and receipt.signer == own_fingerprint(home):
-        found.holds("signer", "your own key")
-    elif key is None:
-        found.unchecked("signer", "whose key it is: compare its fingerprint with what the server's owner publishes")
-    else:
-        good, bad = "the key is the one that was asked for", f"signed with {receipt.signer}, not with {key}"
-        found.expect(receipt.signer == key.lower(), "signer", good, bad)
+    check_signer(receipt.signer, found, home, key)
     if within and (strange := sorted(name for name in content if not BESIDE.get(name, lambda _: False)(content[name]))):
         found.fails(", ".join(strange), "stands beside the receipt, where nobody signed it: leave it out")
     folder = find_by_root(receipt.model, home) if model is None else model
@@ -104,6 +98,23 @@ def verify_receipt(path: Path, *, home: Path, model: Path | None = None, key: st
         found.holds("model", f"{folder} is the model of the receipt, {receipt.model}")
         found.guard("answer", lambda: _again(receipt, folder, found))
     return found
+
+
+def check_signer(signer: str, found: Findings, home: Path, key: str | None) -> None:
+    """Whose signature it is, as far as that can be known here; `key`: the fingerprint that it should be."""
+    if key is not None:
+        found.expect(
+            signer == key.lower(),
+            "signer",
+            "the key is the one that was asked for",
+            f"signed with {signer}, not with the key asked for, {key}",
+        )
+    elif signer == own_fingerprint(home):
+        found.holds("signer", "your own key")
+    else:
+        found.unchecked(
+            "signer", "whose key it is: compare its fingerprint with what its owner publishes, or give --key"
+        )
 
 
 def _again(receipt: Receipt, folder: Path, found: Findings) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from glasklar.audit.facts import RunFacts
 from glasklar.audit.findings import Findings
-from glasklar.audit.receipt import verify_receipt
+from glasklar.audit.receipt import check_signer, verify_receipt
 from glasklar.audit.seal import MODEL_KIND, RUN_KIND, file_hashes, origin, sealed_files
 from glasklar.audit.verify_contents import check_contents, unknown_form
 from glasklar.audit.verify_documents import check_documents
@@ -26,7 +26,7 @@ from glasklar.provenance.environment import files_hash
 from glasklar.provenance.ledger import Event, read_ledger
 from glasklar.provenance.receipt import model_root
 from glasklar.provenance.rundir import ATTESTATION, RunDir
-from glasklar.provenance.signing import Statement, own_fingerprint, read_envelope
+from glasklar.provenance.signing import Statement, read_envelope
 
 
 def locate(name: str, home: Path) -> Path:
@@ -231,19 +231,7 @@ def _model_statement(folder: Path, found: Findings, home: Path, key: str | None,
 
 def _signer(statement: Statement, found: Findings, home: Path, key: str | None) -> None:
     found.holds("signature", f"valid, made with the Ed25519 key {statement.signer}")
-    if key is not None:
-        found.expect(
-            statement.signer == key.lower(),
-            "signer",
-            "the key is the one that was asked for",
-            f"signed with {statement.signer}, not with the key asked for, {key}",
-        )
-    elif statement.signer == own_fingerprint(home):
-        found.holds("signer", "your own key")
-    else:
-        found.unchecked(
-            "signer", "whose key it is: compare its fingerprint with what the maker publishes, or give --key"
-        )
+    check_signer(statement.signer, found, home, key)
 
 
 def _files(folder: Path, statement: Statement, found: Findings) -> None:

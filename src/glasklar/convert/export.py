@@ -27,7 +27,6 @@ from glasklar.provenance.files import new_folder, sync, write_atomic, writing
 
 Format = Literal["hf", "gguf"]
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What makes a folder a model beside its weights and configuration, which are written anew.
 _COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
@@ -71,8 +70,13 @@ def convert(
         raise CheckpointError(f"--dtype {dtype}: use one of {', '.join(get_args(DType))}")
     if os.path.lexists(out):
         raise CheckpointError(f"{out}: exists already; choose another --out or remove it first")
-    kind = cast(DType, dtype)
-    return _to_hf(folder, out, kind, progress) if to == "hf" else _to_gguf(folder, out, kind, name, progress)
+    kind, stored = cast(DType, dtype), stored_type(folder)
+    made = _to_hf(folder, out, kind, progress) if to == "hf" else _to_gguf(folder, out, kind, stored, name, progress)
+    if kind not in ("q8_0", "fp32", stored):
+        made.notes.append(
+            f"rounded: the model is stored in {stored}, written is {kind}; --dtype {stored} keeps every bit"
+        )
+    return made
 
 
 def _to_hf(folder: Path, out: Path, dtype: DType, progress: Progress) -> Converted:
@@ -103,15 +107,14 @@ def _to_hf(folder: Path, out: Path, dtype: DType, progress: Progress) -> Convert
             if (folder / companion).is_file():
                 write_atomic(temporary / companion, (folder / companion).read_bytes())
         write_atomic(temporary / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-    size = sum(path.stat().st_size for path in out.iterdir())
-    return Converted(path=out, format="hf", dtype=dtype, bytes=size, notes=_rounded(folder, dtype))
+    return Converted(path=out, format="hf", dtype=dtype, bytes=sum(path.stat().st_size for path in out.iterdir()))
 
 
 def _decides(name: str) -> bool:
     return ".mlp.gate." in name or ".mlp.router." in name
 
 
-def _to_gguf(folder: Path, out: Path, dtype: DType, name: str, progress: Progress) -> Converted:
+def _to_gguf(folder: Path, out: Path, dtype: DType, stored: str, name: str, progress: Progress) -> Converted:
     try:
         from glasklar.convert.gguf_file import write_gguf
     except ModuleNotFoundError as error:
@@ -119,7 +122,7 @@ def _to_gguf(folder: Path, out: Path, dtype: DType, name: str, progress: Progres
             raise
         raise CheckpointError(f"--to gguf needs the package gguf: {sys.executable} -m pip install gguf") from None
     # Quantising starts from the numbers as they are stored; other types are reached in one rounding.
-    model = _load(folder, _TORCH.get(dtype) or _stored_dtype(folder))
+    model = _load(folder, _TORCH[dtype if dtype in _TORCH else stored])
     config = model.config
     keys = metadata(config)
     vocabulary = read_vocabulary(folder, config.vocab_size) if (folder / "tokenizer.json").is_file() else None
@@ -143,7 +146,6 @@ def _to_gguf(folder: Path, out: Path, dtype: DType, name: str, progress: Progres
         )
     if halves:
         notes.append(f"in fp16 because their rows are no multiple of 32: {len(halves)} tensors, e.g. {halves[0]}")
-    notes += _rounded(folder, dtype)
     return Converted(path=out, format="gguf", dtype=dtype, bytes=out.stat().st_size, notes=notes)
 
 
@@ -155,19 +157,5 @@ def stored_type(folder: Path) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def _rounded(folder: Path, dtype: DType) -> list[str]:
-    """A note where numbers are not written as they are stored."""
-    stored = stored_type(folder)
-    if dtype == "q8_0" or stored == dtype or dtype == "fp32":
-        return []
-    return [f"rounded: the model is stored in {stored}, written is {dtype}; --dtype {stored} keeps every bit"]
-
-
 def _load(folder: Path, dtype: torch.dtype) -> Transformer:
     return load_model(folder, dtype=dtype, ops=REFERENCE, device="cpu").requires_grad_(False)
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The type that config.json names; fp32, which loses nothing, where it names none."""
-    table = read_json(folder / "config.json")
-    return _STORED.get(str(table.get("dtype") or table.get("torch_dtype")), torch.float32)
